@@ -1,0 +1,72 @@
+# The one entry point. `make` alone lists the targets; `make demo` needs nothing but python3, python3-venv and make.
+
+PYTHON ?= python3
+# The interpreter that makes the virtual environment (once; after `make clean` another one can be named).
+VENV ?= .venv
+VMM_DEMO_MIB ?= 256
+# ARGS goes to pytest: `make test ARGS="tests/wire -x"`.
+ARGS ?=
+
+BIN := $(VENV)/bin
+COMPILE := $(BIN)/uv pip compile --no-config --quiet --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --no-header $(if $(UPGRADE),--upgrade) pyproject.toml --group build
+
+export PYTHON VENV
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint type contracts check check-long compat fixtures bench docs lock fmt clean base dev
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+setup: dev ## create .venv with everything for development, from the hashed lock
+
+demo: base ## migrate a running guest between two daemons on this machine (VMM_DEMO_MIB=256)
+	@$(BIN)/vmmigrate demo --mib $(VMM_DEMO_MIB)
+
+test: dev ## the tests that take at most 5 minutes
+	@$(BIN)/pytest -m "not slow" $(ARGS)
+
+lint: dev ## ruff, formatting, and what no committed file may hold
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted; run 'make fmt'"; $(BIN)/ruff format --check .; }
+	@$(BIN)/python -m tools.check_tree
+
+type: dev ## mypy, strict
+	@$(BIN)/mypy
+
+contracts: dev ## who may import whom
+	@$(BIN)/lint-imports --no-logo
+
+# VMM_CHECK: a skipped test that is marked `required` fails (tests/conftest.py). pytest comes last: CI reads its last line.
+check: lint type contracts ## everything that has to hold before a commit, at most 25 minutes; CI runs this
+	@VMM_CHECK=1 $(BIN)/pytest $(ARGS)
+
+check-long: lint type contracts ## the same with many more generated examples; by hand
+	@VMM_CHECK=1 VMM_LONG=1 $(BIN)/pytest $(ARGS)
+
+compat: dev ## only the tests that read golden files
+	@$(BIN)/pytest -k "golden or frozen or conformance" $(ARGS)
+
+fixtures: dev ## write the golden frames of the newest protocol version; released ones never change
+	@$(BIN)/python -m tools.frame_fixtures --rewrite-head
+
+bench: base ## run every benchmark; prints ratios measured in one run
+	@set -e; for bench in $(sort $(wildcard bench/*.py)); do echo "== $$bench"; $(BIN)/python "$$bench"; done
+
+docs: dev ## redraw the phase diagram in ARCHITECTURE.md
+	@$(BIN)/python -m tools.phase_diagram
+
+# The larger lock first: the smaller one then takes its pins, so that one environment can grow from one to the other.
+lock: dev ## write the lock files anew from pyproject.toml (UPGRADE=1 takes newer releases)
+	@$(COMPILE) --extra test --extra dev --output-file requirements-dev.lock
+	@$(COMPILE) --constraints requirements-dev.lock --output-file requirements.lock
+
+fmt: dev ## format, and repair what ruff can repair
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build output
+	@rm -rf $(VENV) build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+base dev:
+	@tools/venv $@
