@@ -1,0 +1,1 @@
+"""The migration protocol without I/O: phases, messages, framing, codec, negotiation, session."""
