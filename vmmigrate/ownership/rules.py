@@ -1,0 +1,554 @@
+"""What may be decided: an event and the journal's state give the records to append, or a refusal.
+
+Every decision is a *conditional append*: the journal calls `decide` and appends under one lock, so of two racing
+events the second sees the record of the first (design: one verdict per M). The caller acts, or answers, only after the
+fsync of what `decide` returned. A refusal appends nothing and the caller stops before any effect.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from vmmigrate.errors import IdentityError, RequestError, VmMigrateError
+from vmmigrate.ownership import records as r
+from vmmigrate.ownership.records import FIRST_EPOCH, Epoch, Record
+from vmmigrate.ownership.state import (
+    Holding,
+    Incoming,
+    IncomingState,
+    InstanceState,
+    Outgoing,
+    OutgoingState,
+    Ownership,
+)
+
+
+class OwnershipRefusal(VmMigrateError):  # noqa: N818  (a verdict, not a fault)
+    """The rules say no; nothing was written."""
+
+    default_code = "ownership_refused"
+
+
+class Answer(StrEnum):
+    """What a destination says of M: to the source, in messages and in answers to settle."""
+
+    RUNNING = "running"
+    STARTED = "started"
+    REFUSED = "refused"
+    RETURNED = "returned"
+    PENDING = "pending"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Records to append (all or none), and what to answer once they are durable."""
+
+    records: tuple[Record, ...] = ()
+    answer: Answer | None = None
+
+
+# --------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    spawned: r.Spawned
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lose:
+    instance: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class IssueTicket:
+    ticket: r.TicketIssued
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumeTicket:
+    migration: str
+    instance: str
+    ticket_hash: str
+    host: str
+    now_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeginPause:
+    migration: str
+    desired: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndAttempt:
+    """The attempt failed or was cancelled before `released`."""
+
+    migration: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    migration: str
+    destination_journal: str
+    destination_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A statement of the destination, made after its fsync: in a message, or as an answer to settle."""
+
+    migration: str
+    answer: Answer
+    journal_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    reserved: r.Reserved
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    migration: str
+    epoch: Epoch
+    run_state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Acquire:
+    migration: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    migration: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    migration: str
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    migration: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """The source (or an orchestrator on its behalf, host None) asks for the verdict on M."""
+
+    migration: str
+    host: str | None
+    guest_runs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Supersede:
+    instance: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledge:
+    migration: str
+
+
+Event = (
+    Create
+    | Spawn
+    | Stop
+    | Remove
+    | Lose
+    | IssueTicket
+    | ConsumeTicket
+    | BeginPause
+    | EndAttempt
+    | Release
+    | Evidence
+    | Reserve
+    | Prepare
+    | Acquire
+    | Refuse
+    | Start
+    | Return
+    | Settle
+    | Supersede
+    | Acknowledge
+)
+
+
+def decide(state: Ownership, event: Event) -> Decision:
+    """The records that *event* calls for.
+
+    Raises:
+        OwnershipRefusal, RequestError, IdentityError: The rules say no; nothing is to be written.
+    """
+    return _DECIDE[type(event)](state, event)
+
+
+# --------------------------------------------------------------------------- instances
+
+
+def _instance(state: Ownership, instance: str) -> InstanceState:
+    known = state.instances.get(instance)
+    if known is None or known.holding is Holding.REMOVED:
+        raise RequestError(f"no instance {instance} on this host", code="unknown_instance")
+    return known
+
+
+def _held(state: Ownership, instance: str) -> InstanceState:
+    """The instance, if this host is its owner and may act on it."""
+    known = _instance(state, instance)
+    if known.holding is Holding.RELEASED:
+        raise OwnershipRefusal(
+            f"instance {instance}: migration {known.last_migration} is in doubt, wait until it is settled",
+            code="in_doubt",
+        )
+    if known.holding is not Holding.HELD:
+        raise OwnershipRefusal(f"instance {instance} is {known.holding} on this host", code="not_owner")
+    if state.is_superseded(instance, known.epoch):
+        raise OwnershipRefusal(f"instance {instance} was given to another host by an operator", code="superseded")
+    return known
+
+
+def _create(state: Ownership, event: Create) -> Decision:
+    known = state.instances.get(event.instance)
+    if known is not None and known.holding is not Holding.REMOVED:
+        raise RequestError(f"instance {event.instance} is {known.holding} on this host", code="instance_exists")
+    if state.open_incoming(event.instance) is not None:
+        raise RequestError(f"instance {event.instance} is arriving at this host", code="instance_exists")
+    if event.instance in state.superseded:
+        raise OwnershipRefusal(f"instance {event.instance} was given to another host", code="superseded")
+    epoch = FIRST_EPOCH if known is None else known.epoch.next_term()
+    return Decision((r.Created(event.instance, epoch),))
+
+
+def _spawn(state: Ownership, event: Spawn) -> Decision:
+    migration = event.spawned.migration
+    if migration is None:
+        _held(state, event.spawned.instance)
+    elif _incoming(state, migration).stage is not Incoming.RESERVED:
+        raise OwnershipRefusal(f"migration {migration} is over", code="migration_over")
+    return Decision((event.spawned,))
+
+
+def _stop(state: Ownership, event: Stop) -> Decision:
+    known = _held(state, event.instance)
+    migration = state.open_outgoing(event.instance)
+    if migration is not None:
+        raise RequestError(
+            f"instance {event.instance} is migrating as {migration}: cancel that first", code="migrating"
+        )
+    return Decision((r.Stopped(event.instance),) if known.guest else ())
+
+
+def _remove(state: Ownership, event: Remove) -> Decision:
+    known = _instance(state, event.instance)
+    if known.holding is Holding.LOST:
+        return Decision((r.Removed(event.instance, "lost"),))
+    if known.holding is Holding.ELSEWHERE:
+        raise OwnershipRefusal(
+            f"instance {event.instance} runs elsewhere since migration {known.last_migration}: delete it there",
+            code="not_owner",
+        )
+    stop = _stop(state, Stop(event.instance))
+    return Decision((*stop.records, r.Removed(event.instance, "deleted")))
+
+
+def _lose(state: Ownership, event: Lose) -> Decision:
+    known = _instance(state, event.instance)
+    if known.holding not in {Holding.HELD, Holding.RELEASED}:
+        return Decision()
+    if known.holding is Holding.RELEASED:
+        # The destination may still start it; what is lost here is only the copy to fall back upon.
+        return Decision((r.Stopped(event.instance),) if known.guest else ())
+    migration = state.open_outgoing(event.instance)
+    ended = () if migration is None else _end_attempt(state, EndAttempt(migration, "guest_lost")).records
+    return Decision((*ended, r.Lost(event.instance, event.reason)))
+
+
+# --------------------------------------------------------------------------- source
+
+
+def _outgoing(state: Ownership, migration: str) -> OutgoingState:
+    outgoing = state.outgoing.get(migration)
+    if outgoing is None:
+        raise RequestError(f"no migration {migration} leaves this host", code="unknown_migration")
+    return outgoing
+
+
+def _issue_ticket(state: Ownership, event: IssueTicket) -> Decision:
+    ticket = event.ticket
+    _held(state, ticket.instance)
+    if ticket.migration in state.outgoing or ticket.migration in state.incoming:
+        raise RequestError(f"migration id {ticket.migration} was used before", code="migration_exists")
+    previous = state.open_outgoing(ticket.instance)
+    if previous is None:
+        return Decision((ticket,))
+    if state.outgoing[previous].stage is not Outgoing.AWAITING_PEER:
+        raise RequestError(f"instance {ticket.instance} is migrating as {previous}", code="already_migrating")
+    return Decision((r.Ended(previous, "superseded"), ticket))
+
+
+def _consume_ticket(state: Ownership, event: ConsumeTicket) -> Decision:
+    outgoing = state.outgoing.get(event.migration)
+    if outgoing is None:
+        raise IdentityError(f"no migration {event.migration} awaits a peer here", code="ticket_unknown")
+    ticket = outgoing.ticket
+    # The same checks for a used ticket as for a fresh one, so that a thief learns nothing from the order.
+    if event.host != ticket.destination_host:
+        raise IdentityError(f"host {event.host} is not the destination of {event.migration}", code="wrong_host")
+    if not hmac.compare_digest(event.ticket_hash, ticket.ticket_hash):
+        raise IdentityError(f"that is not the ticket of migration {event.migration}", code="ticket_wrong")
+    if event.instance != ticket.instance:
+        raise IdentityError(f"the ticket of {event.migration} is for another instance", code="ticket_wrong")
+    if outgoing.stage is not Outgoing.AWAITING_PEER:
+        raise IdentityError(f"the ticket of migration {event.migration} was used before", code="ticket_used")
+    if event.now_s >= ticket.expires_at_s:
+        raise IdentityError(f"the ticket of migration {event.migration} has expired", code="ticket_expired")
+    return Decision((r.TicketConsumed(event.migration),))
+
+
+def _begin_pause(state: Ownership, event: BeginPause) -> Decision:
+    outgoing = _outgoing(state, event.migration)
+    _held(state, outgoing.instance)
+    if outgoing.stage is not Outgoing.ACTIVE:
+        raise OwnershipRefusal(f"migration {event.migration} is {outgoing.stage}", code="migration_over")
+    return Decision((r.Pausing(event.migration, event.desired),))
+
+
+def _end_attempt(state: Ownership, event: EndAttempt) -> Decision:
+    outgoing = _outgoing(state, event.migration)
+    if outgoing.stage is Outgoing.RELEASED:
+        raise OwnershipRefusal(f"migration {event.migration} is in doubt", code="in_doubt")
+    if outgoing.stage is Outgoing.PAUSING:
+        return Decision((r.Resumed(event.migration),))
+    if outgoing.stage in {Outgoing.AWAITING_PEER, Outgoing.ACTIVE}:
+        return Decision((r.Ended(event.migration, event.code),))
+    return Decision()
+
+
+def _release(state: Ownership, event: Release) -> Decision:
+    outgoing = _outgoing(state, event.migration)
+    known = _held(state, outgoing.instance)
+    if outgoing.stage is not Outgoing.PAUSING:
+        raise OwnershipRefusal(f"migration {event.migration} is {outgoing.stage}", code="migration_over")
+    released = r.Released(
+        event.migration,
+        known.epoch,
+        outgoing.ticket.destination_host,
+        event.destination_journal,
+        event.destination_url,
+    )
+    return Decision((released,))
+
+
+def _evidence(state: Ownership, event: Evidence) -> Decision:
+    """Rule 5: evidence counts only while the last ownership record is `released M`."""
+    outgoing = _outgoing(state, event.migration)
+    known = state.instances.get(outgoing.instance)
+    if known is None or known.holding is not Holding.RELEASED or known.last_migration != event.migration:
+        return Decision(answer=event.answer)
+    assert outgoing.released is not None
+    if event.answer in {Answer.PENDING, Answer.UNKNOWN}:
+        return Decision(answer=event.answer)
+    if event.journal_id != outgoing.released.destination_journal:
+        raise OwnershipRefusal(
+            f"host {outgoing.ticket.destination_host} answers from another journal than the one that said Ready",
+            code="indeterminate",
+        )
+    if event.answer in {Answer.RUNNING, Answer.STARTED}:
+        return Decision((r.Freed(event.migration, known.epoch.handed_over()),), event.answer)
+    reclaimed = r.Reclaimed(event.migration, known.epoch.taken_back())
+    if known.guest is None:
+        # The paused guest died while we were in doubt: the owner again, of a guest that nobody has.
+        return Decision((reclaimed, r.Lost(outgoing.instance, "guest_lost")), event.answer)
+    return Decision((reclaimed,), event.answer)
+
+
+# --------------------------------------------------------------------------- destination
+
+
+def _incoming(state: Ownership, migration: str) -> IncomingState:
+    incoming = state.incoming.get(migration)
+    if incoming is None:
+        raise RequestError(f"no migration {migration} comes to this host", code="unknown_migration")
+    return incoming
+
+
+def _reserve(state: Ownership, event: Reserve) -> Decision:
+    wanted = event.reserved
+    if wanted.migration in state.incoming or wanted.migration in state.outgoing:
+        raise RequestError(f"migration id {wanted.migration} was used before", code="migration_exists")
+    known = state.instances.get(wanted.instance)
+    if known is not None and known.holding in {Holding.HELD, Holding.ACQUIRED}:
+        raise RequestError(f"instance {wanted.instance} is owned by this very host", code="instance_exists")
+    if known is not None and known.holding is Holding.RELEASED:
+        raise OwnershipRefusal(
+            f"instance {wanted.instance}: this host is in doubt about migration {known.last_migration}",
+            code="in_doubt",
+        )
+    other = state.open_incoming(wanted.instance)
+    if other is not None:
+        raise RequestError(f"instance {wanted.instance} is arriving as {other} already", code="already_migrating")
+    return Decision((wanted,))
+
+
+def _prepare(state: Ownership, event: Prepare) -> Decision:
+    incoming = _incoming(state, event.migration)
+    if incoming.stage is not Incoming.RESERVED:
+        raise OwnershipRefusal(f"migration {event.migration} is {incoming.stage}", code="migration_over")
+    _check_newer(state, incoming.instance, event.epoch.handed_over())
+    return Decision((r.Prepared(event.migration, event.epoch, event.run_state),))
+
+
+def _check_newer(state: Ownership, instance: str, epoch: Epoch) -> None:
+    """Rule 12: an epoch that this host has already seen surpassed is refused."""
+    known = state.instances.get(instance)
+    if known is not None and known.epoch >= epoch:
+        raise OwnershipRefusal(
+            f"instance {instance}: epoch {tuple(epoch)} is not newer than {tuple(known.epoch)} seen here",
+            code="stale_epoch",
+        )
+    if state.is_superseded(instance, epoch):
+        raise OwnershipRefusal(f"instance {instance} was given to another host by an operator", code="superseded")
+
+
+def _acquire(state: Ownership, event: Acquire) -> Decision:
+    incoming = _incoming(state, event.migration)
+    if incoming.stage is not Incoming.PREPARED or incoming.prepared is None:
+        raise OwnershipRefusal(f"migration {event.migration} is {incoming.stage}", code="verdict_given")
+    if event.epoch != incoming.prepared.epoch:
+        raise OwnershipRefusal(
+            f"handoff of epoch {tuple(event.epoch)}, prepared for {tuple(incoming.prepared.epoch)}",
+            code="stale_epoch",
+        )
+    epoch = incoming.prepared.epoch.handed_over()
+    _check_newer(state, incoming.instance, epoch)
+    return Decision((r.Acquired(event.migration, epoch),))
+
+
+def _refuse(state: Ownership, event: Refuse) -> Decision:
+    incoming = _incoming(state, event.migration)
+    if incoming.stage is Incoming.RESERVED:
+        return Decision((r.Abandoned(event.migration, event.code),))
+    if incoming.stage is Incoming.PREPARED:
+        return Decision((r.Refused(event.migration, event.code),), Answer.REFUSED)
+    if incoming.stage in {Incoming.REFUSED, Incoming.ABANDONED}:
+        return Decision(answer=Answer.REFUSED if incoming.stage is Incoming.REFUSED else None)
+    raise OwnershipRefusal(f"migration {event.migration} is {incoming.stage}", code="verdict_given")
+
+
+def _start(state: Ownership, event: Start) -> Decision:
+    incoming = _incoming(state, event.migration)
+    if incoming.stage is not Incoming.ACQUIRED or incoming.prepared is None:
+        raise OwnershipRefusal(f"migration {event.migration} is {incoming.stage}", code="verdict_given")
+    epoch = incoming.prepared.epoch.handed_over()
+    if state.is_superseded(incoming.instance, epoch):
+        raise OwnershipRefusal(f"instance {incoming.instance} was given to another host", code="superseded")
+    return Decision((r.Started(event.migration, epoch),), Answer.STARTED)
+
+
+def _return(state: Ownership, event: Return) -> Decision:
+    incoming = _incoming(state, event.migration)
+    if incoming.stage is not Incoming.ACQUIRED:
+        raise OwnershipRefusal(f"migration {event.migration} is {incoming.stage}", code="verdict_given")
+    return Decision((r.Returned(event.migration, event.code),), Answer.RETURNED)
+
+
+# An M without `prepared` answers `unknown`, never `refused` (rule 6): the record may have been lost with a journal.
+_ANSWERS: Mapping[Incoming, Answer] = {
+    Incoming.RESERVED: Answer.UNKNOWN,
+    Incoming.ABANDONED: Answer.UNKNOWN,
+    Incoming.PREPARED: Answer.PENDING,
+    Incoming.ACQUIRED: Answer.PENDING,
+    Incoming.STARTED: Answer.STARTED,
+    Incoming.REFUSED: Answer.REFUSED,
+    Incoming.RETURNED: Answer.RETURNED,
+}
+
+
+def verdict(state: Ownership, migration: str) -> Answer:
+    """What this destination's journal says of M: a pure read, and never evidence."""
+    incoming = state.incoming.get(migration)
+    return Answer.UNKNOWN if incoming is None else _ANSWERS[incoming.stage]
+
+
+def _settle(state: Ownership, event: Settle) -> Decision:
+    """The destination decides: a prepared M that the source asks about is refused, durably, before the answer."""
+    incoming = state.incoming.get(event.migration)
+    if incoming is None:
+        return Decision(answer=Answer.UNKNOWN)
+    if event.host is not None and event.host != incoming.reserved.source_host:
+        raise IdentityError(f"host {event.host} is not the source of migration {event.migration}", code="forbidden")
+    if incoming.stage is not Incoming.PREPARED:
+        return Decision(answer=_ANSWERS[incoming.stage])
+    if event.guest_runs:
+        raise OwnershipRefusal(
+            f"migration {event.migration}: not acquired, and yet its guest runs", code="indeterminate"
+        )
+    return Decision((r.Refused(event.migration, "settled"),), Answer.REFUSED)
+
+
+def _supersede(state: Ownership, event: Supersede) -> Decision:
+    if event.epoch <= state.superseded.get(event.instance, Epoch(0, 0)):
+        return Decision()
+    return Decision((r.Superseded(event.instance, event.epoch),))
+
+
+def _acknowledge(state: Ownership, event: Acknowledge) -> Decision:
+    incoming = _incoming(state, event.migration)
+    if incoming.acknowledged or incoming.stage in {Incoming.RESERVED, Incoming.PREPARED, Incoming.ACQUIRED}:
+        return Decision()
+    return Decision((r.Acknowledged(event.migration),) if incoming.stage is not Incoming.ABANDONED else ())
+
+
+_DECIDE: Mapping[type[Event], Callable[[Ownership, Any], Decision]] = {
+    Create: _create,
+    Spawn: _spawn,
+    Stop: _stop,
+    Remove: _remove,
+    Lose: _lose,
+    IssueTicket: _issue_ticket,
+    ConsumeTicket: _consume_ticket,
+    BeginPause: _begin_pause,
+    EndAttempt: _end_attempt,
+    Release: _release,
+    Evidence: _evidence,
+    Reserve: _reserve,
+    Prepare: _prepare,
+    Acquire: _acquire,
+    Refuse: _refuse,
+    Start: _start,
+    Return: _return,
+    Settle: _settle,
+    Supersede: _supersede,
+    Acknowledge: _acknowledge,
+}
