@@ -1,0 +1,405 @@
+"""Bulk streams: guest RAM between two processes, beside the control channel.
+
+k blocking sockets in k worker threads (`StreamSender`, `StreamReceiver`), a limiter of their own per migration, and
+two trio faces (`BulkSource`, `BulkDestination`). Cancel is `shutdown()`, join, then `close()`: closing first would hand
+the file number to the next connection while a thread still reads from it.
+
+This module knows memoryviews, page arrays and page runs, nothing of hypervisors. The transport is an object with
+`send`, `receive_into`, `shutdown` and `close` (`Link`); today that is a TLS socket.
+
+Who trusts what: a receiver acts on a record only after its runs were checked against the regions and the stream's
+stripes. Over TLS every byte is authenticated before it is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from vmmigrate.errors import RemoteProtocolError, TransportError
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs
+from vmmigrate.net.threads import open_group, run_joined
+from vmmigrate.net.tls import map_tls_errors
+from vmmigrate.ram.digest import Digests, PageHash
+from vmmigrate.ram.encoding import nonzero
+from vmmigrate.ram.offer import cut_at, groups, runs_of_pages, runs_per_stream
+from vmmigrate.ram.records import (
+    HEADER,
+    MAX_RECORD_PAGES,
+    MAX_ZERO_RUNS,
+    RUN_DTYPE,
+    RecordHeader,
+    RecordKind,
+    pack_runs,
+    pages_in,
+    unpack_header,
+    unpack_runs,
+)
+
+STALL_LIMIT_S = 30.0
+
+Pages = npt.NDArray[np.uint64]  # guest RAM, shape (pages, 512)
+
+
+class Link(Protocol):
+    """One bulk connection, authenticated and bound to its migration, session, stream and direction."""
+
+    def send(self, chunk: memoryview | bytes) -> None:
+        """Send all of it."""
+
+    def receive_into(self, target: memoryview) -> None:
+        """Fill *target* entirely; a peer that stalls in the middle of a record is given `STALL_LIMIT_S`."""
+
+    def await_into(self, target: memoryview) -> None:
+        """Fill *target* with the beginning of the next record, whenever that comes."""
+
+    def shutdown(self) -> None:
+        """Make calls of other threads fail; they must be joined before `close`."""
+
+    def close(self) -> None: ...
+
+
+class TlsLink:
+    """A Link over a blocking TLS socket."""
+
+    def __init__(self, sock: ssl.SSLSocket, peer: str) -> None:
+        sock.settimeout(STALL_LIMIT_S)
+        self._sock = sock
+        self._doing = f"bulk stream with {peer}"
+
+    def send(self, chunk: memoryview | bytes) -> None:
+        with map_tls_errors(self._doing):
+            self._sock.sendall(chunk)
+
+    def await_into(self, target: memoryview) -> None:
+        # Between rounds a stream may be silent for long; the control channel's heartbeats tell a dead peer.
+        self._sock.settimeout(None)
+        self.receive_into(target)
+        self._sock.settimeout(STALL_LIMIT_S)
+
+    def receive_into(self, target: memoryview) -> None:
+        with map_tls_errors(self._doing):
+            while target:
+                received = self._sock.recv_into(target)
+                if received == 0:
+                    raise TransportError(f"{self._doing}: cut", code="link_lost")
+                target = target[received:]
+
+    def shutdown(self) -> None:
+        # Not SSLSocket.shutdown: that drops the TLS state under the feet of the thread that uses it.
+        with contextlib.suppress(OSError):  # it may be disconnected already
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+# --------------------------------------------------------------------------- source
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSent:
+    """What one round put on the wire. `bytes_sent` counts records whole."""
+
+    pages: int
+    zero_pages: int
+    bytes_sent: int
+    records: tuple[int, ...]  # per stream, since the streams opened
+
+
+class StreamSender:
+    """Sends the pages of one stream, in its thread.
+
+    Attributes:
+        pages_sent, zero_pages, bytes_sent: Running totals; other threads may look at them.
+        records_at_barrier: Records up to and with the barrier of the last round.
+    """
+
+    def __init__(self, link: Link, layout: RamLayout, ram: Pages, page_hash: PageHash, table: Digests) -> None:
+        self.link = link
+        self.records = 0
+        self.records_at_barrier = 0
+        self.pages_sent = 0
+        self.zero_pages = 0
+        self.bytes_sent = 0
+        self._layout = layout
+        self._ram = ram
+        self._hash = page_hash
+        self._table = table
+        self._round = 0
+        self._zeros: list[npt.NDArray[np.int64]] = []
+
+    def send_round(self, runs: Runs, round_number: int, *, last: bool) -> None:
+        """Send *runs* (each at most one record long), then the barrier of the round; after the last one, END."""
+        self._round = round_number
+        for group in groups(runs):
+            self._send_group(group)
+        self._flush_zeros()
+        self._send_record(RecordKind.BARRIER)
+        self.records_at_barrier = self.records
+        if last:
+            self._send_record(RecordKind.END)
+
+    def _send_group(self, group: Runs) -> None:
+        """One record's worth of pages. A single run is sent straight from guest RAM, scattered ones from a copy."""
+        if len(group) == 1:
+            first, count = group[0].tolist()
+            chunk = self._ram[first : first + count]
+        else:
+            chunk = self._ram[pages_in(group)]
+        kept = nonzero(chunk)
+        if kept.all():
+            self._send_pages(group, chunk)
+            return
+        numbers = pages_in(group)
+        self._zeros.append(numbers[~kept])
+        if kept.any():
+            # Zero pages amid others: what is left no longer lies in one piece, so it goes from a copy.
+            self._send_pages(runs_of_pages(numbers[kept]), chunk[kept])
+
+    def _send_pages(self, runs: Runs, chunk: Pages) -> None:
+        # The guest may write while we read. A page that changes between digest and send is dirty again and is sent
+        # again; the entry that counts is the last one.
+        self._table[pages_in(runs)] = self._hash.of(chunk)
+        self._send_record(RecordKind.PAGES, runs, chunk.data.cast("B"))
+        self.pages_sent += len(chunk)
+
+    def _flush_zeros(self) -> None:
+        if not self._zeros:
+            return
+        numbers = np.concatenate(self._zeros)
+        self._zeros.clear()
+        self._table[numbers] = 0
+        runs = runs_of_pages(numbers)
+        for start in range(0, len(runs), MAX_ZERO_RUNS):
+            self._send_record(RecordKind.ZERO, runs[start : start + MAX_ZERO_RUNS])
+        self.zero_pages += len(numbers)
+
+    def _send_record(self, kind: RecordKind, runs: Runs | None = None, payload: memoryview | None = None) -> None:
+        table = b"" if runs is None else pack_runs(self._layout, runs)
+        size = 0 if payload is None else payload.nbytes
+        header = RecordHeader(kind, len(table) // RUN_DTYPE.itemsize, self._round, size, self.records)
+        self.link.send(header.pack() + table)
+        if payload is not None:
+            self.link.send(payload)
+        self.records += 1
+        self.bytes_sent += HEADER.size + len(table) + size
+
+
+class BulkSource:
+    """All streams of a source, for trio."""
+
+    def __init__(self, links: Sequence[Link], layout: RamLayout, ram: Pages, page_hash: PageHash) -> None:
+        self.table: Digests = np.zeros(layout.pages, dtype=np.uint64)
+        self._senders = [StreamSender(link, layout, ram, page_hash, self.table) for link in links]
+        self._limiter = trio.CapacityLimiter(len(links))
+        self._cuts = _region_boundaries(layout)
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(sender.bytes_sent for sender in self._senders)
+
+    @property
+    def pages_done(self) -> int:
+        return sum(sender.pages_sent + sender.zero_pages for sender in self._senders)
+
+    @property
+    def zero_pages(self) -> int:
+        return sum(sender.zero_pages for sender in self._senders)
+
+    async def send_round(self, pages: PageBitmap, round_number: int, *, last: bool = False) -> RoundSent:
+        """Send *pages* and the barrier on every stream; with *last*, also that no record follows.
+
+        Raises: TransportError; the round counts as not sent. On cancellation the streams are shut down.
+        """
+        before = (self.pages_done, self.zero_pages, self.bytes_sent)
+        shares = [cut_at(runs, self._cuts) for runs in runs_per_stream(pages, len(self._senders))]
+        async with open_group() as nursery:
+            for sender, runs in zip(self._senders, shares, strict=True):
+                nursery.start_soon(self._send_stream, sender, runs, round_number, last)
+        records = tuple(sender.records_at_barrier for sender in self._senders)
+        after = (self.pages_done, self.zero_pages, self.bytes_sent)
+        done, zeros, sent = (new - old for new, old in zip(after, before, strict=True))
+        return RoundSent(done, zeros, sent, records)
+
+    async def _send_stream(self, sender: StreamSender, runs: Runs, round_number: int, last: bool) -> None:
+        await run_joined(
+            lambda: sender.send_round(runs, round_number, last=last), end=sender.link.shutdown, limiter=self._limiter
+        )
+
+    def close(self) -> None:
+        """Close all links. No thread uses them any more: every send joins its thread before it returns."""
+        for sender in self._senders:
+            sender.link.shutdown()
+            sender.link.close()
+
+
+def _region_boundaries(layout: RamLayout) -> tuple[int, ...]:
+    return tuple(layout.first_page(region) for region in layout.regions[1:])
+
+
+# --------------------------------------------------------------------------- destination
+
+
+class StreamReceiver:
+    """Receives the pages of one stream, in its thread, straight into guest RAM.
+
+    Attributes:
+        records: Records received so far. bytes_received: Running total, headers included.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        stream: int,
+        streams: int,
+        layout: RamLayout,
+        ram: Pages,
+        page_hash: PageHash,
+        table: Digests,
+        written: npt.NDArray[np.bool_],
+    ) -> None:
+        self.link = link
+        self.records = 0
+        self.bytes_received = 0
+        self._stream = stream
+        self._streams = streams
+        self._layout = layout
+        self._ram = ram
+        self._bytes = ram.data.cast("B")
+        self._hash = page_hash
+        self._table = table
+        self._written = written
+        self._header = memoryview(bytearray(HEADER.size))
+        self._runs = memoryview(bytearray(MAX_ZERO_RUNS * RUN_DTYPE.itemsize))
+        self._scratch = np.empty((MAX_RECORD_PAGES, PAGE_SIZE // 8), dtype=np.uint64)
+
+    def receive_round(self) -> int | None:
+        """Take records until a barrier: its round number; or None at the end of the stream.
+
+        Raises:
+            RemoteProtocolError: `bad_record`. TransportError: cut or stalled.
+        """
+        while True:
+            header = self._receive_header()
+            if header.kind is RecordKind.BARRIER:
+                return header.round_number
+            if header.kind is RecordKind.END:
+                return None
+            runs = self._receive_runs(header)
+            if header.kind is RecordKind.PAGES:
+                self._receive_pages(runs)
+            else:
+                self._apply_zeros(runs)
+
+    def _receive_header(self) -> RecordHeader:
+        self.link.await_into(self._header)
+        header = unpack_header(self._header, self.records)
+        self.records += 1
+        self.bytes_received += HEADER.size + header.runs * RUN_DTYPE.itemsize + header.payload_bytes
+        return header
+
+    def _receive_runs(self, header: RecordHeader) -> Runs:
+        raw = self._runs[: header.runs * RUN_DTYPE.itemsize]
+        self.link.receive_into(raw)
+        return unpack_runs(raw, header, self._layout, self._stream, self._streams)
+
+    def _receive_pages(self, runs: Runs) -> None:
+        if len(runs) == 1:
+            first, count = runs[0].tolist()
+            self.link.receive_into(self._bytes[first * PAGE_SIZE : (first + count) * PAGE_SIZE])
+            landed = self._ram[first : first + count]
+            numbers = np.arange(first, first + count)
+        else:
+            numbers = pages_in(runs)
+            scratch = self._scratch[: len(numbers)]
+            self.link.receive_into(scratch.data.cast("B"))
+            self._ram[numbers] = scratch
+            landed = self._ram[numbers]
+        self._table[numbers] = self._hash.of(landed)
+        self._written[numbers] = True
+
+    def _apply_zeros(self, runs: Runs) -> None:
+        """Zero what was written before; what never was is a hole and reads as zero: it stays one."""
+        numbers = pages_in(runs)
+        stale = numbers[self._written[numbers]]
+        self._ram[stale] = 0
+        self._table[numbers] = 0
+
+
+class BulkDestination:
+    """All streams of a destination, for trio.
+
+    Attributes:
+        table: Digest of every page as it landed.
+        written: Which pages were ever written here.
+    """
+
+    def __init__(self, links: Sequence[Link], layout: RamLayout, ram: Pages, page_hash: PageHash) -> None:
+        self.table: Digests = np.zeros(layout.pages, dtype=np.uint64)
+        self.written: npt.NDArray[np.bool_] = np.zeros(layout.pages, dtype=np.bool_)
+        self._receivers = [
+            StreamReceiver(link, i, len(links), layout, ram, page_hash, self.table, self.written)
+            for i, link in enumerate(links)
+        ]
+        self._limiter = trio.CapacityLimiter(len(links))
+        self._reached: list[dict[int, int]] = [{} for _ in links]  # per stream: round -> records at its barrier
+        self._progress = trio.Event()
+        self._ended = trio.Event()
+
+    @property
+    def bytes_received(self) -> int:
+        return sum(receiver.bytes_received for receiver in self._receivers)
+
+    async def receive_forever(self) -> None:
+        """Receive on every stream until each has said END.
+
+        Raises: as `StreamReceiver.receive_round`. On cancellation the streams are shut down and their threads joined.
+        """
+        async with open_group() as nursery:
+            for index in range(len(self._receivers)):
+                nursery.start_soon(self._receive_stream, index)
+        self._ended.set()
+
+    async def wait_end(self) -> None:
+        """Return when every stream has said END and its thread is joined: nobody writes guest RAM any more."""
+        await self._ended.wait()
+
+    async def _receive_stream(self, index: int) -> None:
+        receiver = self._receivers[index]
+        while True:
+            round_number = await run_joined(receiver.receive_round, end=receiver.link.shutdown, limiter=self._limiter)
+            if round_number is None:
+                return
+            self._reached[index][round_number] = receiver.records
+            self._progress.set()
+            self._progress = trio.Event()
+
+    async def wait_round(self, round_number: int, records: tuple[int, ...]) -> None:
+        """Return when every stream has reached the barrier of *round_number*.
+
+        Raises:
+            RemoteProtocolError: `bad_record`: a stream holds another number of records than the control channel,
+                which is authenticated, says it sent.
+        """
+        while not all(round_number in reached for reached in self._reached):
+            await self._progress.wait()
+        counted = tuple(reached.pop(round_number) for reached in self._reached)
+        if counted != records:
+            raise RemoteProtocolError(
+                f"round {round_number}: {counted} records arrived, {records} were sent", code="bad_record"
+            )
+
+    def close(self) -> None:
+        """Close all links; `receive_forever` must have ended."""
+        for receiver in self._receivers:
+            receiver.link.shutdown()
+            receiver.link.close()

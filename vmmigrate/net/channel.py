@@ -1,0 +1,250 @@
+"""The control channel: a Session over a TLS stream, with deadlines, heartbeats, and one reader.
+
+The reader runs all the time, so that a Cancel, a failure or a cut is noticed while we are busy elsewhere. It queues
+messages for `expect`, keeps `Progress` for whoever looks, and on failure cancels every `interruptible` block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any, TypeVar, overload
+
+import trio
+
+from vmmigrate.errors import (
+    LocalProtocolError,
+    MigrationCancelled,
+    PeerError,
+    RemoteProtocolError,
+    TransportError,
+    VmMigrateError,
+)
+from vmmigrate.net.threads import open_group
+from vmmigrate.net.tls import TlsStream, map_tls_errors
+from vmmigrate.wire.codec import plain_map
+from vmmigrate.wire.messages import Cancel, Failed, Heartbeat, Message, Progress
+from vmmigrate.wire.phases import Phase, Role
+from vmmigrate.wire.session import Session
+
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+
+HEARTBEAT_INTERVAL_S = 1.0
+SILENCE_LIMIT_S = 10.0
+SEND_DEADLINE_S = 30.0
+GOODBYE_DEADLINE_S = 2.0
+TRUE_REASON_S = 1.0
+_RECEIVE_BYTES = 1 << 16
+_MAX_QUEUED = 64
+
+
+class Channel:
+    """One end of the control connection. Make it with `open_channel`.
+
+    Attributes:
+        session: The phase table's view of the conversation.
+        peer_progress: The newest counters the peer sent.
+    """
+
+    def __init__(self, stream: TlsStream, session: Session) -> None:
+        self.session = session
+        self.peer_progress: Mapping[str, int] = {}
+        self._stream = stream
+        self._send_lock = trio.Lock()
+        self._queue: deque[Message] = deque()
+        self._wakeup = trio.Event()
+        self._failure: VmMigrateError | None = None
+        self._scopes: set[trio.CancelScope] = set()
+        self._last_heard = trio.current_time()
+
+    @property
+    def role(self) -> Role:
+        return self.session.role
+
+    @property
+    def phase(self) -> Phase:
+        return self.session.phase
+
+    async def send(self, message: Message) -> None:
+        """Say *message*. The phase advances before a byte leaves.
+
+        Raises:
+            LocalProtocolError: Not now. TransportError: It may or may not have arrived.
+        """
+        await self.send_bytes(self.session.send(message))
+
+    async def send_bytes(self, encoded: bytes) -> None:
+        """Put on the wire what `session.send` gave (apart, for what must happen in between)."""
+        async with self._send_lock:
+            with map_tls_errors(f"sending to the {self.role.peer}"), trio.fail_after(SEND_DEADLINE_S):
+                await self._stream.send_all(encoded)
+
+    @overload
+    async def expect(self, first: type[A], /, *, deadline_s: float) -> A: ...
+
+    @overload
+    async def expect(self, first: type[A], second: type[B], /, *, deadline_s: float) -> A | B: ...
+
+    @overload
+    async def expect(self, first: type[A], second: type[B], third: type[C], /, *, deadline_s: float) -> A | B | C: ...
+
+    async def expect(self, *kinds: type[Any], deadline_s: float) -> Any:
+        """The next message, which must be one of *kinds*.
+
+        Raises:
+            TransportError: `timed_out`, or the link is cut. PeerError: the peer failed, with its code.
+            MigrationCancelled: the peer cancelled. RemoteProtocolError: it said something else.
+        """
+        try:
+            with trio.fail_after(deadline_s):
+                while not self._queue:
+                    self._check_alive()
+                    await self._wakeup.wait()
+        except trio.TooSlowError:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise TransportError(
+                f"no {names} from the {self.role.peer} within {deadline_s:g} s", code="timed_out"
+            ) from None
+        message = self._queue.popleft()
+        if not isinstance(message, kinds):
+            raise RemoteProtocolError(
+                f"{type(message).__name__} came where {' or '.join(kind.__name__ for kind in kinds)} was due",
+                code="unexpected_message",
+            )
+        return message
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Give up the block as soon as the peer fails, cancels, or is cut off; raise what happened.
+
+        Outer cancellation passes through unchanged.
+        """
+        self._check_alive()
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                yield
+            except VmMigrateError:
+                # What went wrong here may only be the echo of what the peer has told us.
+                self._check_alive()
+                raise
+            finally:
+                self._scopes.discard(scope)
+        if scope.cancelled_caught:
+            self._check_alive()
+
+    async def true_reason(self, error: VmMigrateError) -> VmMigrateError:
+        """The peer's own error, when it comes soon after *error*; else *error*.
+
+        A peer that fails closes its bulk streams, and that is often noticed before its message is read.
+        """
+        if isinstance(error, TransportError):
+            with trio.move_on_after(TRUE_REASON_S, shield=True):
+                while self._failure is None:
+                    await self._wakeup.wait()
+        return self._failure or error
+
+    def fail(self, error: VmMigrateError) -> None:
+        """End the conversation on our side: every `expect` and `interruptible` raises *error* from now on."""
+        if self._failure is None:
+            self._failure = error
+            self._wake()
+            for scope in self._scopes:
+                scope.cancel()
+
+    async def say_goodbye(self, error: VmMigrateError) -> None:
+        """Tell the peer why we give up, if it can still be told. Never raises; bounded."""
+        message = (
+            Cancel(error.text[:4096])
+            if isinstance(error, MigrationCancelled) and self.phase is not Phase.IN_DOUBT
+            else Failed(error.code, error.text[:16_384], _plain_details(error))
+        )
+        with trio.move_on_after(GOODBYE_DEADLINE_S, shield=True), contextlib.suppress(VmMigrateError):
+            if not self.session.is_over:
+                await self.send(message)
+
+    async def read_forever(self) -> None:
+        """The reader: runs until the link ends, the conversation is over, or it is cancelled."""
+        try:
+            while await self._read_some():
+                pass
+        except VmMigrateError as exc:
+            self.fail(exc)
+
+    async def beat_forever(self) -> None:
+        """Heartbeats out; silence of the peer noticed."""
+        while self._failure is None and not self.session.is_over:
+            await trio.sleep(HEARTBEAT_INTERVAL_S)
+            silent_s = trio.current_time() - self._last_heard
+            if silent_s > SILENCE_LIMIT_S:
+                self.fail(TransportError(f"the {self.role.peer} is silent for {silent_s:.0f} s", code="peer_silent"))
+            elif not self.session.is_over:
+                await self._beat()
+
+    async def _beat(self) -> None:
+        try:
+            await self.send(Heartbeat())
+        except (TransportError, LocalProtocolError) as exc:
+            self.fail(exc)
+
+    async def _read_some(self) -> bool:
+        """Read once; False at the end of the conversation."""
+        with map_tls_errors(f"receiving from the {self.role.peer}"):
+            chunk = await self._stream.receive_some(_RECEIVE_BYTES)
+        self._last_heard = trio.current_time()
+        if not chunk:
+            self.session.receive_eof()
+            self.fail(TransportError(f"the {self.role.peer} closed the connection", code="link_lost"))
+            return False
+        self.session.receive_data(chunk)
+        while (message := self.session.next_message()) is not None:
+            self._deliver(message)
+        return True
+
+    def _deliver(self, message: Message) -> None:
+        if isinstance(message, Heartbeat):
+            return
+        if isinstance(message, Progress):
+            self.peer_progress = message.counters
+        elif isinstance(message, Failed):
+            # The code is the peer's own: both records then say the same.
+            self.fail(PeerError(message.text, code=message.code, details=message.details))
+        elif isinstance(message, Cancel):
+            self.fail(MigrationCancelled(message.reason))
+        elif len(self._queue) >= _MAX_QUEUED:
+            raise RemoteProtocolError(f"more than {_MAX_QUEUED} unanswered messages", code="too_many_messages")
+        else:
+            self._queue.append(message)
+            self._wake()
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _wake(self) -> None:
+        self._wakeup.set()
+        self._wakeup = trio.Event()
+
+
+def _plain_details(error: VmMigrateError) -> dict[str, object]:
+    """Details that fit the wire: the codec's check is the judge, a refusal must not fail for its details."""
+    try:
+        return plain_map(error.details)
+    except ValueError:
+        return {}
+
+
+@contextlib.asynccontextmanager
+async def open_channel(stream: TlsStream, role: Role) -> AsyncIterator[Channel]:
+    """A channel over *stream* with its reader and its heartbeat. The stream is the caller's to close."""
+    channel = Channel(stream, Session(role))
+    async with open_group() as nursery:
+        nursery.start_soon(channel.read_forever)
+        nursery.start_soon(channel.beat_forever)
+        try:
+            yield channel
+        finally:
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,255 @@
+"""The bulk port: who may open a bulk stream, and how a stream proves what it belongs to.
+
+The destination connects; the source's daemon has one bulk port for all migrations. After the TLS handshake the
+destination says hello: migration, session, stream, direction, and a proof by a key that only the two ends of that
+session's control connection can derive. The source answers with a proof of its own. No buffer is given, and no record
+read, before both proofs were checked. A (session, stream) opens once.
+
+Handshakes run in threads of their own, capped, each with one deadline for everything before the proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import socket
+import ssl
+import struct
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+import trio
+
+from vmmigrate.errors import IdentityError, TransportError, VmMigrateError
+from vmmigrate.net.bulk import TlsLink
+from vmmigrate.net.identity import Call, Identity, check_allowed
+from vmmigrate.net.secrets import SessionSecrets, proof
+from vmmigrate.net.threads import open_group, run_joined
+from vmmigrate.net.tls import TlsContext, connect_blocking, map_tls_errors, wrap_blocking_server
+
+log = structlog.get_logger(__name__)
+
+MAGIC = b"VMMBULK1"
+HELLO = struct.Struct("!8s16sIHBB32s")  # magic, migration, session, stream, direction, reserved, proof
+PROOF_BYTES = 32
+DIRECTION_TO_DESTINATION = 1
+HELLO_DEADLINE_S = 5.0
+MAX_STRANGERS = 16
+OPEN_DEADLINE_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHello:
+    """What a bulk stream claims to be."""
+
+    migration_id: str
+    session_number: int
+    stream: int
+    direction: int = DIRECTION_TO_DESTINATION
+
+    def fields(self) -> bytes:
+        migration = uuid.UUID(self.migration_id).bytes
+        return HELLO.pack(MAGIC, migration, self.session_number, self.stream, self.direction, 0, b"")[:-PROOF_BYTES]
+
+
+def _proof_of_destination(secrets: SessionSecrets, hello: StreamHello) -> bytes:
+    return proof(secrets.key("bulk hello destination"), hello.fields())
+
+
+def _proof_of_source(secrets: SessionSecrets, hello: StreamHello) -> bytes:
+    return proof(secrets.key("bulk hello source"), hello.fields())
+
+
+@dataclass
+class Appointment:
+    """A session that awaits its bulk streams."""
+
+    secrets: SessionSecrets
+    peer: Identity
+    streams: int
+    links: dict[int, TlsLink] = field(default_factory=dict)
+    taken: set[int] = field(default_factory=set)
+    changed: trio.Event = field(default_factory=trio.Event)
+
+
+class BulkDoor:
+    """The bulk port of a source daemon."""
+
+    def __init__(self, credentials: Callable[[], TlsContext]) -> None:
+        self._credentials = credentials
+        self._appointments: dict[tuple[str, int], Appointment] = {}
+        self._strangers = 0
+        self._limiter = trio.CapacityLimiter(MAX_STRANGERS)
+
+    async def serve(self, listeners: Sequence[trio.SocketListener]) -> None:
+        """Accept until cancelled. Strangers above the cap are closed at once."""
+        await trio.serve_listeners(self._meet, list(listeners))
+
+    @contextlib.contextmanager
+    def expect(self, secrets: SessionSecrets, peer: Identity, streams: int) -> Iterator[Appointment]:
+        """Await *streams* streams of a session; on leaving, whatever came and was not taken is closed."""
+        key = (secrets.context.migration_id, secrets.context.session_number)
+        appointment = self._appointments[key] = Appointment(secrets, peer, streams)
+        try:
+            yield appointment
+        finally:
+            del self._appointments[key]
+            for link in appointment.links.values():
+                link.close()
+
+    async def collect(self, appointment: Appointment) -> tuple[TlsLink, ...]:
+        """All streams of *appointment*, in order; they are the caller's now.
+
+        Raises: TransportError `bulk_timeout`: some did not come in time.
+        """
+        try:
+            with trio.fail_after(OPEN_DEADLINE_S):
+                while len(appointment.links) < appointment.streams:
+                    await appointment.changed.wait()
+        except trio.TooSlowError:
+            raise TransportError(
+                f"{len(appointment.links)} of {appointment.streams} bulk streams came within {OPEN_DEADLINE_S:g} s",
+                code="bulk_timeout",
+            ) from None
+        links = tuple(appointment.links[i] for i in range(appointment.streams))
+        appointment.links.clear()
+        return links
+
+    async def _meet(self, stream: trio.SocketStream) -> None:
+        if self._strangers >= MAX_STRANGERS:
+            await trio.aclose_forcefully(stream)
+            return
+        peer_name = _peer_name(stream.socket)
+        sock = socket.socket(fileno=stream.socket.detach())
+        self._strangers += 1
+        try:
+            sock.setblocking(True)
+            await run_joined(lambda: self._admit(sock), end=lambda: _shut(sock), limiter=self._limiter)
+        except VmMigrateError as exc:
+            log.info("bulk.refused", peer=peer_name, code=exc.code, text=exc.text)
+        finally:
+            self._strangers -= 1
+
+    def _admit(self, sock: socket.socket) -> None:
+        """In a thread: TLS, hello, proof, answer; then hand the link to its appointment."""
+        deadline = time.monotonic() + HELLO_DEADLINE_S
+        tls, identity = wrap_blocking_server(sock, self._credentials(), HELLO_DEADLINE_S)
+        try:
+            check_allowed(identity, Call.BULK)
+            tls.settimeout(max(deadline - time.monotonic(), 0.001))
+            with map_tls_errors(f"bulk hello of {identity}", late="hello_timeout"):
+                raw = _receive_exactly(tls, HELLO.size, deadline)
+            hello, claimed = _parse_hello(raw)
+            appointment = self._check(hello, claimed, identity)
+            with map_tls_errors(f"bulk hello of {identity}"):
+                tls.sendall(_proof_of_source(appointment.secrets, hello))
+            trio.from_thread.run_sync(self._hand_over, appointment, hello, tls, identity)
+        except BaseException:
+            tls.close()
+            raise
+
+    def _check(self, hello: StreamHello, claimed: bytes, identity: Identity) -> Appointment:
+        """The appointment that *hello* proves to belong to; its stream is taken from now on."""
+        return trio.from_thread.run_sync(self._check_on_loop, hello, claimed, identity)
+
+    def _check_on_loop(self, hello: StreamHello, claimed: bytes, identity: Identity) -> Appointment:
+        appointment = self._appointments.get((hello.migration_id, hello.session_number))
+        if appointment is None:
+            raise IdentityError(
+                f"bulk hello for migration {hello.migration_id}, session {hello.session_number}: not expected",
+                code="bulk_unexpected",
+            )
+        proven = hmac.compare_digest(claimed, _proof_of_destination(appointment.secrets, hello))
+        if not proven or identity != appointment.peer or hello.direction != DIRECTION_TO_DESTINATION:
+            raise IdentityError(f"bulk hello of {identity} does not prove its session", code="bulk_unproven")
+        if hello.stream >= appointment.streams or hello.stream in appointment.taken:
+            raise IdentityError(f"bulk stream {hello.stream} is not free to open", code="bulk_unexpected")
+        appointment.taken.add(hello.stream)
+        return appointment
+
+    def _hand_over(self, appointment: Appointment, hello: StreamHello, tls: ssl.SSLSocket, peer: Identity) -> None:
+        if (hello.migration_id, hello.session_number) not in self._appointments:
+            raise IdentityError("the migration ended while its bulk stream came", code="bulk_unexpected")
+        appointment.links[hello.stream] = TlsLink(tls, str(peer))
+        appointment.changed.set()
+        appointment.changed = trio.Event()
+
+
+async def open_streams(
+    host: str, port: int, context: TlsContext, source: Identity, secrets: SessionSecrets, streams: int
+) -> tuple[TlsLink, ...]:
+    """Open and prove all bulk streams of a session, as the destination.
+
+    Raises: TransportError, IdentityError; then none is left open.
+    """
+    links: dict[int, TlsLink] = {}
+    limiter = trio.CapacityLimiter(streams)
+
+    async def open_one(stream: int) -> None:
+        hello = StreamHello(secrets.context.migration_id, secrets.context.session_number, stream)
+        links[stream] = await trio.to_thread.run_sync(
+            _open_one, host, port, context, source, secrets, hello, limiter=limiter
+        )
+
+    try:
+        async with open_group() as nursery:
+            for stream in range(streams):
+                nursery.start_soon(open_one, stream)
+    except BaseException:
+        for link in links.values():
+            link.close()
+        raise
+    return tuple(links[i] for i in range(streams))
+
+
+def _open_one(
+    host: str, port: int, context: TlsContext, source: Identity, secrets: SessionSecrets, hello: StreamHello
+) -> TlsLink:
+    deadline = time.monotonic() + HELLO_DEADLINE_S
+    tls, identity = connect_blocking(host, port, context, source, HELLO_DEADLINE_S)
+    try:
+        with map_tls_errors(f"bulk hello to {identity}", first_answer=True, late="hello_timeout"):
+            tls.settimeout(max(deadline - time.monotonic(), 0.001))
+            tls.sendall(hello.fields() + _proof_of_destination(secrets, hello))
+            answer = _receive_exactly(tls, PROOF_BYTES, deadline)
+        if not hmac.compare_digest(answer, _proof_of_source(secrets, hello)):
+            raise IdentityError(
+                f"{identity} does not prove the session of bulk stream {hello.stream}", code="bulk_unproven"
+            )
+        return TlsLink(tls, str(identity))
+    except BaseException:
+        tls.close()
+        raise
+
+
+def _parse_hello(raw: bytes) -> tuple[StreamHello, bytes]:
+    magic, migration, session, stream, direction, reserved, claimed = HELLO.unpack(raw)
+    if magic != MAGIC or reserved:
+        raise IdentityError("not a bulk hello of this protocol", code="bulk_bad_hello")
+    return StreamHello(str(uuid.UUID(bytes=migration)), session, stream, direction), claimed
+
+
+def _receive_exactly(tls: ssl.SSLSocket, size: int, deadline: float) -> bytes:
+    received = b""
+    while len(received) < size:
+        tls.settimeout(max(deadline - time.monotonic(), 0.001))
+        chunk = tls.recv(size - len(received))
+        if not chunk:
+            raise ConnectionResetError("closed before the hello was complete")
+        received += chunk
+    return received
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # gone, or taken over by its TLS socket, which has a deadline of its own
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _peer_name(sock: trio.socket.SocketType) -> str:
+    try:
+        return str(sock.getpeername())
+    except OSError:
+        return "gone"

@@ -1,0 +1,73 @@
+"""Tasks and threads of one migration: several at once with one error, and blocking work that is always joined."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+import trio
+
+from vmmigrate.errors import VmMigrateError
+
+T = TypeVar("T")
+
+
+async def run_joined(
+    work: Callable[[], T], *, end: Callable[[], None], limiter: trio.CapacityLimiter | None = None
+) -> T:
+    """Run *work* in a thread. When cancelled, call *end*, which must make *work* return, and wait until it has.
+
+    A thread that still reads a socket or writes guest RAM must not outlive its migration: whoever closes the socket
+    under it hands its number to the next connection.
+    """
+    finished = trio.Event()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    async def run() -> None:
+        with trio.CancelScope(shield=True):
+            try:
+                results.append(await trio.to_thread.run_sync(work, limiter=limiter))
+            except BaseException as exc:
+                errors.append(exc)
+            finally:
+                finished.set()
+
+    async with open_group() as nursery:
+        nursery.start_soon(run)
+        try:
+            await finished.wait()
+        except trio.Cancelled:
+            end()
+            raise
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+@contextlib.asynccontextmanager
+async def open_group() -> AsyncIterator[trio.Nursery]:
+    """A nursery that raises one error, not a group: when a link is cut, every stream on it fails in its own words.
+
+    A defect (anything that is not ours and not a cancellation) goes before an error of ours.
+    """
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except BaseExceptionGroup as group:
+        raise min(_leaves(group), key=_rank) from None
+
+
+def _rank(error: BaseException) -> int:
+    """A defect first, then an error of ours; a cancellation only when there is nothing else."""
+    if isinstance(error, trio.Cancelled | GeneratorExit):
+        return 2
+    return 1 if isinstance(error, VmMigrateError) else 0
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for exc in group.exceptions:
+        leaves.extend(_leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc])
+    return leaves
