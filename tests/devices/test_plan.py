@@ -1,0 +1,87 @@
+"""The import plan: all that is wrong with a device list, at once, before anything is applied."""
+
+from __future__ import annotations
+
+import pytest
+
+from vmmigrate.devices import kinds
+from vmmigrate.devices.payload import MAX_PAYLOADS, DevicePayload
+from vmmigrate.devices.plan import ExpectedDevice, check_import
+from vmmigrate.devices.registry import encode
+from vmmigrate.errors import PayloadError
+
+BLOB = ExpectedDevice("blob", ("in-memory-block-backend",))
+INJECTOR = ExpectedDevice("injector", ("testdev-migration-failure",), optional_kinds=("embedded-console",))
+DEVICES = (BLOB, INJECTOR)
+GOOD = (
+    encode("blob", "in-memory-block-backend", kinds.InMemoryBlockBackendV1(b"abc")),
+    encode("injector", "testdev-migration-failure", kinds.MigrationFailureV1()),
+)
+KEYS = encode("blob", "embedded-console", kinds.EmbeddedConsoleV1(b""))
+KEYS_OF_NOBODY = encode("nobody", "embedded-console", kinds.EmbeddedConsoleV1(b""))
+STRANGER = DevicePayload("blob", "no-such-kind", 1, b"?")
+
+
+def test_a_good_list_is_decoded_by_device_and_kind() -> None:
+    plan = check_import(DEVICES, GOOD)
+
+    assert plan.states["blob", "in-memory-block-backend"].bytes == b"abc"
+    assert plan.skipped == ()
+
+
+def test_an_optional_kind_is_taken_when_it_comes_and_an_unknown_optional_one_is_skipped_and_reported() -> None:
+    console = encode("injector", "embedded-console", kinds.EmbeddedConsoleV1(b"x"))
+    unknown = DevicePayload("blob", "no-such-kind", 9, b"?", optional=True)
+
+    plan = check_import(DEVICES, [*GOOD, console, unknown])
+
+    assert plan.states["injector", "embedded-console"].pending_input == b"x"
+    assert plan.skipped == (("blob", "no-such-kind"),)
+
+
+@pytest.mark.parametrize(
+    ("payloads", "code", "says"),
+    [
+        (GOOD[:1], "payload_missing", "device injector: no payload of kind testdev-migration-failure"),
+        ((*GOOD, GOOD[0]), "payload_duplicate", "device blob: 2 payloads"),
+        ((*GOOD, STRANGER), "payload_kind", "unknown kind no-such-kind"),
+        ((*GOOD, KEYS_OF_NOBODY), "payload_unconsumed", "no such device"),
+        ((*GOOD, KEYS), "payload_unconsumed", "nothing here"),
+        ((DevicePayload("blob", "in-memory-block-backend", 5, b""), GOOD[1]), "payload_version", "can read only 1"),
+        ((GOOD[0], DevicePayload("injector", "testdev-migration-failure", 1, b"")), "payload_body", "MessagePack"),
+        ((GOOD[0],) * (MAX_PAYLOADS + 1), "payload_count", "allowed are"),
+    ],
+)
+def test_each_problem_has_its_code_and_names_the_device(
+    payloads: tuple[DevicePayload, ...], code: str, says: str
+) -> None:
+    with pytest.raises(PayloadError) as caught:
+        check_import(DEVICES, payloads)
+
+    assert caught.value.code == code
+    assert says in caught.value.text
+
+
+def test_all_problems_come_in_one_error() -> None:
+    with pytest.raises(PayloadError) as caught:
+        check_import(DEVICES, [GOOD[0], GOOD[0], STRANGER])
+
+    problems = caught.value.details["problems"]
+    assert caught.value.code == "device_payload"
+    assert {(p["code"], p["device"]) for p in problems} == {
+        ("payload_duplicate", "blob"),
+        ("payload_kind", "blob"),
+        ("payload_missing", "injector"),
+    }
+
+
+def test_a_device_judges_its_states_together_and_only_when_all_are_there() -> None:
+    device = ExpectedDevice("blob", BLOB.kinds, check=lambda states: [f"holds {len(states)} states"])
+
+    with pytest.raises(PayloadError, match="device blob: holds 1 states") as caught:
+        check_import([device, INJECTOR], GOOD)
+    assert caught.value.code == "payload_value"
+
+    with pytest.raises(PayloadError) as caught:
+        check_import([device, INJECTOR], GOOD[1:])
+    assert caught.value.code == "payload_missing"

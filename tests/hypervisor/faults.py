@@ -1,0 +1,33 @@
+"""Faults that only a test would cause."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vmmigrate.hypervisor.dirty import DirtyTracker
+from vmmigrate.memory import PageBitmap
+
+
+class ForgetfulTracker:
+    """A dirty tracker that never reports some pages: give `lambda t: ForgetfulTracker(t, [7])` to the adapter as
+    `wrap_tracker`, and whoever migrates that guest must notice."""
+
+    def __init__(self, tracker: DirtyTracker, forgotten_pages: Sequence[int]) -> None:
+        self.kind = tracker.kind
+        self._tracker = tracker
+        self._forgotten_pages = forgotten_pages
+
+    async def start(self) -> None:
+        await self._tracker.start()
+
+    async def take(self) -> PageBitmap:
+        taken = await self._tracker.take()
+        for page in self._forgotten_pages:
+            taken.discard(page)
+        return taken
+
+    async def stop(self) -> None:
+        await self._tracker.stop()
+
+    def close(self) -> None:
+        self._tracker.close()

@@ -1,0 +1,318 @@
+"""What the engine asks of a hypervisor.
+
+The Protocols are small on purpose. Optional powers are data (`Capabilities`), asked before a migration starts and
+each with its reason when absent. One conformance kit (`hypervisor/conformance.py`) runs on every adapter.
+
+Rules that every adapter keeps (the ownership rules rest on them):
+
+- A guest runs in a process of its own, which outlives the daemon and never changes its run state because the daemon
+  vanished. It is stamped with (instance, epoch, migration) and refuses `run` with a lower epoch than it has seen.
+- Only the guest's own process writes its RAM while it can run; the daemon of a source maps it read-only.
+- A pause for handoff is complete when the guest stays paused even if its daemon dies.
+- A guest that was `build`-ed for a migration never runs and opens nothing for writing until `open_backends` and `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmmigrate.devices.payload import DevicePayload
+from vmmigrate.devices.time import Adjustment, TimeData
+from vmmigrate.memory import PageBitmap, RamLayout
+
+
+class RunState(StrEnum):
+    """Whether the vCPUs of a guest execute."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One optional power. `reason` says why it is absent, or how it is provided."""
+
+    available: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an adapter can do on this host, probed once at start by really doing it."""
+
+    hypervisor: str
+    version: str
+    dirty_tracking: str  # "kernel" or "software"
+    dirty_tracking_reason: str
+    huge_pages: Capability = Capability(False, "not probed")
+    throttle: Capability = Capability(False, "not implemented by this adapter")
+
+
+@dataclass(frozen=True, slots=True)
+class GuestStamp:
+    """Who a guest process is: found again by this after a restart of the daemon."""
+
+    instance_id: str
+    host_id: str
+    epoch: tuple[int, int]
+    migration_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SerialPortPlan:
+    name: str
+    num: str  # com1 .. com4
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPlan:
+    """A disk of the guest and the backend behind it. `backend` is what the adapter opens (and nothing else)."""
+
+    name: str
+    model: str  # "virtio" or "nvme"
+    backend_name: str
+    backend_kind: str  # "crucible", "file" or "blob"
+    readonly: bool
+    backend: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NicPlan:
+    name: str
+    backend_name: str
+    vnic_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class InjectorPlan:
+    """The migration failure injector: fails its first exports and imports."""
+
+    name: str
+    fail_exports: int
+    fail_imports: int
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPlan:
+    """Everything an adapter needs to build a guest; made from the internal Spec, never from wire bytes."""
+
+    instance_id: str
+    layout: RamLayout
+    cpus: int
+    serial_ports: Sequence[SerialPortPlan] = ()
+    disks: Sequence[DiskPlan] = ()
+    nics: Sequence[NicPlan] = ()
+    injector: InjectorPlan | None = None
+    program: Mapping[str, Any] = field(default_factory=lambda: {"name": "idle"})
+    unmigratable: Sequence[str] = ()  # devices that no payload can carry; they keep the guest on its host
+
+
+@dataclass(frozen=True, slots=True)
+class GuestProcess:
+    """How a guest process is found again: pid and its start time (clock ticks since boot) together are unique."""
+
+    pid: int
+    start_ticks: int
+    socket_path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class GuestStatus:
+    """A frozen look at a guest.
+
+    `heartbeats` counts 1 ms ticks since boot and travels with the guest; `last_record` is the highest journal record
+    number that the daemon has told it; `handoff` is the migration for which it was paused last, until it runs again.
+    """
+
+    stamp: GuestStamp
+    run_state: RunState
+    heartbeats: int
+    last_record: int
+    backends_open: bool
+    program: Mapping[str, Any]
+    handoff: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """The guest's own verdict on its memory: every page it wrote is as it wrote it last."""
+
+    consistent: bool
+    pages_checked: int
+    first_bad_page: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleHistory:
+    """Serial console output: the first MiB, the most recent MiB and how many bytes there were."""
+
+    port: str
+    beginning: bytes
+    rolling: bytes
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadDescription:
+    """One payload that a guest will export, known before RAM moves: the versions it can be written in."""
+
+    instance_name: str
+    kind: str
+    versions: tuple[int, ...]
+    optional: bool = False
+
+
+class GuestRam(Protocol):
+    """A guest's RAM as the daemon maps it: one file, regions one after the other (`RamLayout`)."""
+
+    layout: RamLayout
+
+    @property
+    def view(self) -> memoryview:
+        """All of RAM as bytes: read-only at a source, writable at a destination under construction.
+
+        Whoever keeps a view, keeps the mapping.
+        """
+
+    @property
+    def pages(self) -> npt.NDArray[np.uint64]:
+        """The same memory, shape (layout.pages, 512)."""
+
+    def populated(self) -> PageBitmap:
+        """Pages that were ever touched, by SEEK_DATA and SEEK_HOLE: reading a hole would allocate it."""
+
+    def punch(self, pages: PageBitmap) -> None:
+        """Give pages back; they read as zero. Only while the guest cannot run."""
+
+    def make_read_only(self) -> None:
+        """Drop the writable mapping: from now on only the guest's process writes."""
+
+
+class Guest(Protocol):
+    """One guest on this host. Every call has a deadline; a dead guest raises HypervisorError `guest_lost`."""
+
+    plan: GuestPlan
+    process: GuestProcess
+    ram: GuestRam
+
+    async def status(self) -> GuestStatus: ...
+
+    async def run(self, epoch: tuple[int, int]) -> None:
+        """Start or resume the vCPUs. Refused (`stale_epoch`) when the guest has seen a higher epoch.
+
+        Opens the backends first when they are closed, so a source that takes its guest back needs only this.
+        """
+
+    async def pause(self) -> None:
+        """Pause as an operator would."""
+
+    async def pause_for_handoff(self, migration_id: str) -> None:
+        """Pause so that the guest stays paused even if this daemon dies now.
+
+        Flushes and closes the backends too, so that the destination may open them.
+        """
+
+    async def open_backends(self, epoch: tuple[int, int]) -> None:
+        """Open disks for writing and activate NICs. Needs the current epoch; all or nothing."""
+
+    async def close_backends(self) -> None:
+        """Flush and close; the guest must be paused. Idempotent."""
+
+    async def start_tracking(self) -> None:
+        """From now on every write by the guest leaves a mark. Marks start clear."""
+
+    async def take_dirty(self) -> PageBitmap:
+        """Which pages were written since the last call; clears (and write-protects) before any later read.
+
+        Raises: HypervisorError; the marks are then unknown, so offer every populated page.
+        """
+
+    async def mark_dirty(self, pages: PageBitmap) -> None:
+        """Put marks back after a failed attempt into the next `take_dirty`.
+
+        They may die with the daemon, and `start_tracking` drops them: a migration begins with all populated pages.
+        """
+
+    async def stop_tracking(self) -> None: ...
+
+    async def export_time(self) -> TimeData: ...
+
+    async def import_time(self, time: TimeData) -> Adjustment:
+        """Adjust by this host's clocks and apply (devices/time.py has the rules and every error).
+
+        What was set, and whether this host's clock was behind (`clamped`).
+        """
+
+    async def list_payloads(self) -> tuple[PayloadDescription, ...]:
+        """What `export_devices` will give.
+
+        Raises: HypervisorError `not_migratable`: naming every device that cannot migrate, at once.
+        """
+
+    async def export_devices(self, versions: Mapping[str, int]) -> tuple[DevicePayload, ...]:
+        """The state of all devices, each kind in the version named in *versions* (its newest when not named)."""
+
+    async def import_devices(self, payloads: Sequence[DevicePayload]) -> Sequence[tuple[str, str]]:
+        """Validate all, then apply all. On PayloadError nothing was applied.
+
+        Which optional payloads were skipped, as (device, kind).
+        """
+
+    async def console_history(self, port: str) -> ConsoleHistory: ...
+
+    async def import_console_history(self, history: ConsoleHistory) -> None: ...
+
+    async def console_input(self, port: str, keys: bytes) -> None:
+        """Type on the serial console."""
+
+    async def note_record(self, number: int) -> None:
+        """Tell the guest the number of the newest journal record, so that a shorter journal is noticed later."""
+
+    async def restamp(self, stamp: GuestStamp) -> None: ...
+
+    async def self_check(self) -> SelfCheck:
+        """Check all memory that the guest's program wrote. The guest may run; its heartbeat then goes on."""
+
+    async def heartbeat_gaps(self) -> Mapping[str, Any]:
+        """Guest-observed pauses in milliseconds, nothing subtracted: at least `heartbeats`, `largest_gap_ms`,
+        `steady_p99_ms`, `steady_largest_gap_ms` and, by move, `move_gaps_ms`.
+        """
+
+    async def destroy(self) -> None:
+        """End the process and free RAM, sockets and files. Idempotent; never raises for a dead guest."""
+
+    async def wait_exit(self) -> int:
+        """Return when the process is gone, with its exit status (or -1 for an adopted process)."""
+
+    def detach(self) -> None:
+        """Let go without touching the guest: what a daemon does when it stops."""
+
+
+class Hypervisor(Protocol):
+    """An adapter: builds guests and finds them again."""
+
+    capabilities: Capabilities
+
+    async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
+        """Create a guest, paused, its RAM never touched. With *for_migration* its RAM is mapped writable here
+        and its program is not loaded (it arrives as a device payload).
+
+        Raises: HypervisorError; nothing is left behind.
+        """
+
+    async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
+        """Take over a guest that outlived its daemon, dirty marks intact; None when that process is gone.
+
+        Raises: HypervisorError: a process answers, and it is not that guest.
+        """
+
+    async def end_leftover(self, process: GuestProcess) -> bool:
+        """End a guest process that nobody owns, and remove its files; whether it was still there."""

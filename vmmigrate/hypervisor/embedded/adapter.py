@@ -1,0 +1,183 @@
+"""The embedded adapter: builds embedded guests and finds them again.
+
+Socket work goes through trio; spawning, mapping, scanning and freeing happen in worker threads with limiters of their
+own. A build that fails or is cancelled leaves nothing: no process, descriptor, socket or file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import trio
+
+import vmmigrate
+from vmmigrate.errors import HypervisorError
+from vmmigrate.hypervisor import kernel
+from vmmigrate.hypervisor.base import Capabilities, Capability, Guest, GuestPlan, GuestProcess, GuestStamp
+from vmmigrate.hypervisor.dirty import DirtyTracker, KernelTracker, SoftwareTracker, probe_kernel_tracking
+from vmmigrate.hypervisor.embedded import plans, spawn
+from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
+from vmmigrate.hypervisor.embedded.rammap import MappedRam
+from vmmigrate.hypervisor.embedded.remote import EmbeddedGuest
+
+TrackingChoice = Literal["auto", "kernel", "software"]
+WrapTracker = Callable[[DirtyTracker], DirtyTracker]
+
+REQUEST_DEADLINE_S: Final = 10.0
+START_DEADLINE_S: Final = 30.0
+
+
+class EmbeddedHypervisor:
+    """Implements `base.Hypervisor`. Made by `open`.
+
+    Attributes:
+        runtime_dir: Sockets, logs and witnesses of running guests; mode 0700.
+        wrap_tracker: A fault to inject: what it returns is asked for dirty pages instead of the real tracker.
+    """
+
+    def __init__(
+        self,
+        runtime_dir: Path,
+        capabilities: Capabilities,
+        *,
+        witness_dir: Path | None = None,
+        wrap_tracker: WrapTracker | None = None,
+        request_deadline_s: float = REQUEST_DEADLINE_S,
+        start_deadline_s: float = START_DEADLINE_S,
+    ) -> None:
+        self.runtime_dir = runtime_dir
+        self.capabilities = capabilities
+        self.wrap_tracker = wrap_tracker
+        self._witness_dir = witness_dir
+        self._request_deadline_s = request_deadline_s
+        self._start_deadline_s = start_deadline_s
+        self._threads = trio.CapacityLimiter(4)
+
+    @classmethod
+    async def open(
+        cls, runtime_dir: Path, *, dirty_tracking: TrackingChoice = "auto", **options: Any
+    ) -> EmbeddedHypervisor:
+        """Prepare *runtime_dir* and probe this host.
+
+        Args:
+            dirty_tracking: "auto" takes the kernel's when it works.
+            options: As for the constructor. With `witness_dir` witnesses are written there and outlive their guests.
+
+        Raises:
+            HypervisorError: `runtime_dir`; `dirty_tracking`: "kernel" was asked for and does not work here.
+        """
+        await trio.to_thread.run_sync(spawn.prepare_runtime_dir, runtime_dir)
+        reason = "asked for"
+        if dirty_tracking != "software":
+            reason = await trio.to_thread.run_sync(probe_kernel_tracking)
+        if dirty_tracking == "kernel" and reason:
+            raise HypervisorError(f"kernel dirty tracking does not work here: {reason}", code="dirty_tracking")
+        return cls(runtime_dir, _capabilities(reason), **options)
+
+    async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
+        if plan.instance_id != stamp.instance_id:
+            text = f"the plan is for instance {plan.instance_id}, the stamp for {stamp.instance_id}"
+            raise HypervisorError(text, code="wrong_guest")
+        config = {
+            "plan": plans.plan_to_map(plan),
+            "stamp": plans.stamp_to_map(stamp),
+            "for_migration": for_migration,
+            "kernel_tracking": self.capabilities.dirty_tracking == "kernel",
+        }
+        watch, files = await trio.to_thread.run_sync(
+            spawn.spawn, self.runtime_dir, self._witness_dir, config, limiter=self._threads
+        )
+        guest = self._guest(plan, watch, files)
+        try:
+            await self._attach(guest, writable=for_migration, adopted=False)
+        except BaseException:
+            await guest.destroy()
+            raise
+        return guest
+
+    async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
+        token = process.socket_path.stem
+        files = spawn.GuestFiles.in_directory(process.socket_path.parent, token, self._witness_dir)
+        watch = await trio.to_thread.run_sync(spawn.find, process.pid, process.start_ticks, limiter=self._threads)
+        if watch is None:
+            await trio.to_thread.run_sync(files.remove, limiter=self._threads)
+            return None
+        guest = self._guest(plan, watch, files)
+        try:
+            answer = await self._attach(guest, writable=False, adopted=True)
+            found = plans.stamp_from_map(answer["status"]["stamp"])
+            if (found.instance_id, found.host_id) != (stamp.instance_id, stamp.host_id):
+                text = f"process {process.pid} is instance {found.instance_id} of host {found.host_id}"
+                raise HypervisorError(f"{text}, not {stamp.instance_id} of {stamp.host_id}", code="wrong_guest")
+        except BaseException:
+            guest.detach()
+            raise
+        return guest
+
+    async def end_leftover(self, process: GuestProcess) -> bool:
+        token = process.socket_path.stem
+        files = spawn.GuestFiles.in_directory(process.socket_path.parent, token, self._witness_dir)
+        return await trio.to_thread.run_sync(_end_process, process, files, limiter=self._threads)
+
+    def _guest(self, plan: GuestPlan, watch: spawn.ProcessWatch, files: spawn.GuestFiles) -> EmbeddedGuest:
+        process = GuestProcess(watch.pid, kernel.start_ticks_of(watch.pid) or 0, files.socket)
+        return EmbeddedGuest(
+            plan=plan,
+            process=process,
+            watch=watch,
+            files=files,
+            link=GuestLink(files.socket),
+            request_deadline_s=self._request_deadline_s,
+        )
+
+    async def _attach(self, guest: EmbeddedGuest, *, writable: bool, adopted: bool) -> dict[str, Any]:
+        """Shake hands, map RAM and take over the tracker's descriptors.
+
+        Raises:
+            HypervisorError: What the guest says, `guest_lost`, `guest_unresponsive`, `guest_unreachable`.
+        """
+        with trio.move_on_after(self._start_deadline_s):
+            answer, fds = await guest.shake_hands()
+            memory, *tracking_fds = fds
+            ram = await self._mapped(guest, memory, tracking_fds, writable)
+            tracker: DirtyTracker = SoftwareTracker(guest.request, guest.plan.layout.pages)
+            if tracking_fds:
+                uffd, pagemap = tracking_fds
+                tracker = KernelTracker(uffd, pagemap, answer["address"], guest.plan.layout.pages)
+            wrapped = self.wrap_tracker(tracker) if self.wrap_tracker else tracker
+            guest.attach(ram, wrapped, answer["tracking_reason"], tracks=adopted)
+            return answer
+        text = f"guest {guest.plan.instance_id} did not answer within {self._start_deadline_s:g} s"
+        raise HypervisorError(text, code="guest_unresponsive")
+
+    async def _mapped(self, guest: EmbeddedGuest, memory: int, tracking_fds: list[int], writable: bool) -> MappedRam:
+        try:
+            return await guest.in_thread(lambda: MappedRam(memory, guest.plan.layout, writable=writable))
+        except BaseException as exc:
+            close_all([memory, *tracking_fds])
+            if isinstance(exc, (OSError, ValueError, HypervisorError)):
+                raise HypervisorError(f"cannot map guest RAM: {exc}", code="ram_map") from exc
+            raise
+
+
+def _capabilities(no_kernel_tracking: str) -> Capabilities:
+    return Capabilities(
+        hypervisor="embedded",
+        version=vmmigrate.__version__,
+        dirty_tracking="software" if no_kernel_tracking else "kernel",
+        dirty_tracking_reason=no_kernel_tracking or "userfaultfd write-protect and PAGEMAP_SCAN work here",
+        huge_pages=Capability(False, "the embedded machine uses 4 KiB pages"),
+        throttle=Capability(False, "the embedded machine has no throttle"),
+    )
+
+
+def _end_process(process: GuestProcess, files: spawn.GuestFiles) -> bool:
+    """Kill the very process that *process* names, if it is still there, and remove its files."""
+    watch = spawn.find(process.pid, process.start_ticks)
+    if watch is not None:
+        watch.kill()
+        watch.close()
+    files.remove()
+    return watch is not None

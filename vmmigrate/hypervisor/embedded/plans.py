@@ -1,0 +1,48 @@
+"""Plans and stamps as plain maps: what a guest process is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestStamp, InjectorPlan, NicPlan, SerialPortPlan
+from vmmigrate.memory import RamLayout, Region
+
+
+def stamp_to_map(stamp: GuestStamp) -> dict[str, Any]:
+    return asdict(stamp)
+
+
+def stamp_from_map(tree: dict[str, Any]) -> GuestStamp:
+    term, n = tree["epoch"]
+    return GuestStamp(tree["instance_id"], tree["host_id"], (term, n), tree["migration_id"])
+
+
+def plan_to_map(plan: GuestPlan) -> dict[str, Any]:
+    return {
+        "instance_id": plan.instance_id,
+        "regions": [[region.gpa, region.size_bytes] for region in plan.layout.regions],
+        "cpus": plan.cpus,
+        "serial_ports": [asdict(port) for port in plan.serial_ports],
+        "disks": [{**_fields(disk), "backend": dict(disk.backend)} for disk in plan.disks],
+        "nics": [asdict(nic) for nic in plan.nics],
+        "injector": None if plan.injector is None else asdict(plan.injector),
+        "program": dict(plan.program),
+    }
+
+
+def plan_from_map(tree: dict[str, Any]) -> GuestPlan:
+    return GuestPlan(
+        instance_id=tree["instance_id"],
+        layout=RamLayout(Region(gpa, size_bytes) for gpa, size_bytes in tree["regions"]),
+        cpus=tree["cpus"],
+        serial_ports=tuple(SerialPortPlan(**port) for port in tree["serial_ports"]),
+        disks=tuple(DiskPlan(**disk) for disk in tree["disks"]),
+        nics=tuple(NicPlan(**nic) for nic in tree["nics"]),
+        injector=None if tree["injector"] is None else InjectorPlan(**tree["injector"]),
+        program=tree["program"],
+    )
+
+
+def _fields(disk: DiskPlan) -> dict[str, Any]:
+    return {name: getattr(disk, name) for name in DiskPlan.__slots__ if name != "backend"}

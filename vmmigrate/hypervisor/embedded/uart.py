@@ -1,0 +1,124 @@
+"""A 16550 serial port with the history of everything the guest wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from vmmigrate.devices.kinds import MAX_PENDING_INPUT_BYTES, UART_FIFO_BYTES, EmbeddedConsoleV1, Uart16550V1
+from vmmigrate.devices.plan import ExpectedDevice
+from vmmigrate.errors import HypervisorError, PayloadError
+
+HISTORY_BYTES: Final = 1 << 20  # of the beginning, and of the most recent output
+_LSR_DATA_READY, _LSR_THR_EMPTY, _LSR_IDLE = 0x01, 0x20, 0x40
+_KINDS: Final = ("uart-16550", "embedded-console")
+
+
+class History:
+    """The first MiB, the most recent MiB of what came after it, and how many bytes there were."""
+
+    def __init__(self) -> None:
+        self._beginning = bytearray()
+        self._rolling = bytearray()
+        self._total = 0
+
+    def append(self, output: bytes) -> None:
+        self._total += len(output)
+        room = HISTORY_BYTES - len(self._beginning)
+        self._beginning += output[:room]
+        self._rolling += output[room:]
+        if len(self._rolling) > 2 * HISTORY_BYTES:  # trimmed seldom, because trimming copies
+            del self._rolling[:-HISTORY_BYTES]
+
+    def export(self) -> dict[str, Any]:
+        rolling = bytes(self._rolling[-HISTORY_BYTES:])
+        return {"beginning": bytes(self._beginning), "rolling": rolling, "total_bytes": self._total}
+
+    def restore(self, beginning: bytes, rolling: bytes, total_bytes: int) -> None:
+        """Take over the history of another host.
+
+        Raises:
+            PayloadError: `console_history`: lengths that no history can have; nothing was changed.
+        """
+        after = total_bytes - len(beginning)
+        if len(beginning) != min(total_bytes, HISTORY_BYTES) or len(rolling) != min(after, HISTORY_BYTES):
+            lengths = f"{len(beginning)} + {len(rolling)} of {total_bytes} bytes"
+            raise PayloadError(f"console history: {lengths} do not fit together", code="console_history")
+        self._beginning, self._rolling, self._total = bytearray(beginning), bytearray(rolling), total_bytes
+
+
+class Uart:
+    """One port. What the guest writes leaves at once (and into history); what is typed waits until the guest reads."""
+
+    def __init__(self, name: str, num: str) -> None:
+        self.name = name
+        self.num = num
+        self.history = History()
+        self._registers = _after_reset()
+        self._receive = bytearray()
+        self._pending = bytearray()
+
+    def type_keys(self, keys: bytes) -> None:
+        """Type on the console.
+
+        Raises:
+            HypervisorError: `console_full`: the guest does not read; nothing was typed.
+        """
+        if len(self._pending) + len(keys) > MAX_PENDING_INPUT_BYTES:
+            waiting = f"{len(self._pending)} bytes of input wait, allowed are {MAX_PENDING_INPUT_BYTES}"
+            raise HypervisorError(f"console {self.name}: {waiting}", code="console_full")
+        self._pending += keys
+        self._refill()
+
+    def guest_read(self, most: int) -> bytes:
+        """What the guest gets when it reads its receive register until it is empty, at most *most* bytes."""
+        read = bytearray()
+        while self._receive and len(read) < most:
+            read += self._receive
+            self._receive.clear()
+            self._refill()
+        return bytes(read)
+
+    def guest_write(self, output: bytes) -> None:
+        self.history.append(output)
+
+    def _refill(self) -> None:
+        room = UART_FIFO_BYTES - len(self._receive)
+        self._receive += self._pending[:room]
+        del self._pending[:room]
+
+    def expected(self) -> ExpectedDevice:
+        return ExpectedDevice(self.name, _KINDS, check=_check)
+
+    def export(self) -> dict[str, Any]:
+        line_status = _LSR_THR_EMPTY | _LSR_IDLE | (_LSR_DATA_READY if self._receive else 0)
+        registers = {**self._registers, "line_status": line_status, "rx_fifo": bytes(self._receive)}
+        return {
+            "uart-16550": Uart16550V1(**registers),
+            "embedded-console": EmbeddedConsoleV1(bytes(self._pending)),
+        }
+
+    def apply(self, states: Mapping[str, Any]) -> None:
+        uart: Uart16550V1 = states["uart-16550"]
+        self._registers = {name: getattr(uart, name) for name in Uart16550V1.__slots__}
+        if uart.tx_fifo:  # this machine transmits at once; another's unsent bytes are sent here
+            self.history.append(uart.tx_fifo)
+            self._registers["tx_fifo"] = b""
+        self._receive = bytearray(uart.rx_fifo)
+        self._pending = bytearray(states["embedded-console"].pending_input)
+
+
+def _after_reset() -> dict[str, Any]:
+    registers: dict[str, Any] = dict.fromkeys(Uart16550V1.__slots__, 0)
+    registers |= {"intr_status": 1, "line_status": _LSR_THR_EMPTY | _LSR_IDLE}
+    return {**registers, "thre_state": False, "rx_fifo": b"", "tx_fifo": b""}
+
+
+def _check(states: Mapping[str, Any]) -> Sequence[str]:
+    uart: Uart16550V1 = states["uart-16550"]
+    problems = []
+    if uart.intr_enable & 0xF0:
+        problems.append(f"uart-16550 intr_enable {uart.intr_enable:#x}: unknown bits, allowed are 0x0f")
+    if uart.rx_fifo and not uart.line_status & _LSR_DATA_READY:
+        problems.append("uart-16550 rx_fifo holds bytes, and line_status says that there are none")
+    return problems

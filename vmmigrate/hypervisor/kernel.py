@@ -1,0 +1,172 @@
+"""The few kernel calls that Python does not wrap: userfaultfd, PAGEMAP_SCAN, hole punching, mprotect.
+
+Knows neither guests nor the event loop; the guest process imports it too, so it stays small. Every call blocks its
+thread until the kernel is done and releases the GIL meanwhile.
+
+Source: linux/userfaultfd.h, linux/fs.h (Linux 6.7 and later); reference/dependencies.md 7.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import struct
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from vmmigrate.errors import HypervisorError
+from vmmigrate.memory import PAGE_SIZE, Runs
+
+# Numbers of userfaultfd(2) by machine.
+_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+_UFFD_USER_MODE_ONLY = 1
+_UFFD_API = 0xAA
+_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
+_FEATURE_WP_UNPOPULATED = 1 << 13
+_FEATURE_WP_ASYNC = 1 << 15
+_FEATURES = _FEATURE_PAGEFAULT_FLAG_WP | _FEATURE_WP_HUGETLBFS_SHMEM | _FEATURE_WP_UNPOPULATED | _FEATURE_WP_ASYNC
+_UFFDIO_API = 0xC018AA3F
+_UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_WRITEPROTECT = 0xC018AA06
+_REGISTER_MODE_WP = 2
+_WRITEPROTECT_MODE_WP = 1
+
+_PAGEMAP_SCAN = 0xC0606610
+_PM_SCAN_WP_MATCHING = 1
+_PM_SCAN_CHECK_WPASYNC = 2
+_PAGE_IS_WRITTEN = 2
+_SCAN_ARGUMENT = struct.Struct("12Q")
+_SCAN_VECTOR_REGIONS = 8192
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_PROT_READ = 1
+_PR_SET_TIMERSLACK = 29
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+_libc.syscall.restype = ctypes.c_long
+
+
+def open_write_tracker(address: int, size_bytes: int) -> int:
+    """A userfaultfd that can track writes of this process to [address, address + size); no mark is set yet.
+
+    User-mode faults only, always: it then needs no privilege.
+
+    Raises:
+        OSError: The kernel cannot; nothing is registered.
+    """
+    number = _USERFAULTFD.get(platform.machine())
+    if number is None:
+        raise OSError(errno.ENOSYS, f"no userfaultfd number known for {platform.machine()}")
+    fd = int(_libc.syscall(ctypes.c_long(number), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK | _UFFD_USER_MODE_ONLY)))
+    if fd < 0:
+        raise _os_error("userfaultfd")
+    try:
+        fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("3Q", _UFFD_API, _FEATURES, 0)))
+        fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(struct.pack("4Q", address, size_bytes, _REGISTER_MODE_WP, 0)))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def write_protect(uffd: int, address: int, size_bytes: int, *, on: bool) -> None:
+    """Protect pages so that the next write to each leaves a mark (this clears marks), or stop protecting them."""
+    mode = _WRITEPROTECT_MODE_WP if on else 0
+    fcntl.ioctl(uffd, _UFFDIO_WRITEPROTECT, bytearray(struct.pack("3Q", address, size_bytes, mode)))
+
+
+def take_written(pagemap: int, address: int, size_bytes: int) -> Runs:
+    """Which pages were written since they were last protected; protects exactly those again, atomically per page.
+
+    Shape: runs counted in pages from *address*, ascending.
+
+    Raises:
+        OSError: Some of the marks may be gone.
+    """
+    vector = np.empty((_SCAN_VECTOR_REGIONS, 3), dtype=np.uint64)
+    found: list[Runs] = []
+    start, end = address, address + size_bytes
+    while start < end:
+        argument = bytearray(_scan_argument(start, end, vector))
+        count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
+        edges = vector[:count, :2].astype(np.int64)
+        found.append(np.stack([edges[:, 0] - address, edges[:, 1] - edges[:, 0]], axis=1) // PAGE_SIZE)
+        walked_to = _SCAN_ARGUMENT.unpack(argument)[4]
+        if walked_to <= start:
+            raise OSError(errno.EIO, f"PAGEMAP_SCAN made no progress at {start:#x}")
+        start = walked_to
+    return np.concatenate(found)
+
+
+def _scan_argument(start: int, end: int, vector: npt.NDArray[np.uint64]) -> bytes:
+    flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
+    masks = (0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)  # inverted, all of, any of, return
+    return _SCAN_ARGUMENT.pack(_SCAN_ARGUMENT.size, flags, start, end, 0, vector.ctypes.data, len(vector), 0, *masks)
+
+
+def punch_holes(fd: int, runs: Iterable[tuple[int, int]]) -> None:
+    """Give the pages of *runs* (first page, pages) of a file back; they read as zero."""
+    for first, pages in runs:
+        mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+        if _libc.fallocate(fd, mode, first * PAGE_SIZE, pages * PAGE_SIZE) != 0:
+            raise _os_error("fallocate")
+
+
+def protect_read_only(address: int, size_bytes: int) -> None:
+    """Take the write permission from a mapping of this process: a stray write then faults."""
+    if _libc.mprotect(address, size_bytes, _PROT_READ) != 0:
+        raise _os_error("mprotect")
+
+
+def sharpen_timers() -> None:
+    """Let this thread's timed waits end on time (1 ns slack instead of 50 µs)."""
+    _libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+def start_ticks_of(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return int(stat.read().rpartition(b")")[2].split()[19])
+    except (OSError, IndexError):
+        return None
+
+
+def populated_runs(fd: int, size_bytes: int) -> Runs:
+    """The data extents of a file as page runs, without reading (a read would allocate a hole)."""
+    runs: list[tuple[int, int]] = []
+    offset = 0
+    while offset < size_bytes:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:  # nothing but a hole up to the end
+                break
+            raise HypervisorError(f"cannot seek in guest RAM: {exc.strerror}") from exc
+        offset = os.lseek(fd, start, os.SEEK_HOLE)
+        runs.append((start // PAGE_SIZE, -(-offset // PAGE_SIZE) - start // PAGE_SIZE))
+    return np.asarray(runs, dtype=np.int64).reshape(-1, 2)
+
+
+def flags_of(pages: int, runs: Runs) -> npt.NDArray[np.bool_]:
+    """Runs as one boolean per page. Its cost follows the pages in *runs*: the last scan is part of a guest's pause."""
+    lengths = runs[:, 1]
+    shifts = runs[:, 0] - np.concatenate(([0], np.cumsum(lengths)[:-1]))  # of each run against its place in the list
+    flags = np.zeros(pages, dtype=np.bool_)
+    flags[np.repeat(shifts, lengths) + np.arange(lengths.sum())] = True
+    return flags
+
+
+def _os_error(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")
