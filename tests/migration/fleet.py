@@ -1,0 +1,210 @@
+"""Hosts for tests: real daemons inside this process, on loopback, with real TLS, journals and guest processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from vmmigrate.api.client import HostClient, open_client
+from vmmigrate.daemon.config import Config, read_config
+from vmmigrate.daemon.server import run_daemon
+from vmmigrate.errors import VmMigrateError
+from vmmigrate.hypervisor.base import Hypervisor
+from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
+from vmmigrate.net import pki
+from vmmigrate.net.identity import Identity, Role
+from vmmigrate.net.threads import open_group
+from vmmigrate.net.tls import TlsFiles
+
+TRUST_DOMAIN = "test.example"
+DEADLINE_S = 60.0
+
+
+@dataclass
+class RunningHost:
+    """One daemon under test. `cut()` stops it the hard way: its guests stay."""
+
+    name: str
+    config: Config
+    url: str
+    client: HostClient
+    facts: Mapping[str, Any]
+    scope: trio.CancelScope
+    stopped: trio.Event
+    hypervisor: EmbeddedHypervisor
+
+    async def instance(self, instance_id: str) -> dict[str, Any]:
+        return dict(await self.client.get(f"/v1/instances/{instance_id}"))
+
+    async def record(self, migration_id: str) -> dict[str, Any]:
+        return dict(await self.client.get(f"/v1/migrations/{migration_id}"))
+
+    async def stop(self) -> None:
+        self.scope.cancel()
+        await self.stopped.wait()
+
+
+@dataclass
+class Fleet:
+    """Some hosts, an operator, and everything that has to be cleared away."""
+
+    root: Path
+    nursery: trio.Nursery
+    stack: contextlib.AsyncExitStack
+    operator: TlsFiles
+    hosts: dict[str, RunningHost] = field(default_factory=dict)
+
+    async def start(
+        self,
+        name: str,
+        *,
+        allow: str = "",
+        limits: str = "",
+        wrap: Callable[[EmbeddedHypervisor], Hypervisor] = lambda hypervisor: hypervisor,
+        **options: Any,
+    ) -> RunningHost:
+        """Start (or restart) the daemon of host *name*."""
+        directory = self.root / name
+        config = read_config(_write_config(self.root, directory, name, allow, limits))
+        hypervisor = await EmbeddedHypervisor.open(
+            config.directories.runtime, witness_dir=self.root / "witness", **options
+        )
+        scope, stopped = trio.CancelScope(), trio.Event()
+        facts: Mapping[str, Any] = await self.nursery.start(_run, config, wrap(hypervisor), scope, stopped)
+        client = await self.stack.enter_async_context(open_client(facts["api_url"], self.operator))
+        host = RunningHost(name, config, facts["api_url"], client, facts, scope, stopped, hypervisor)
+        self.hosts[name] = host
+        return host
+
+    async def end_guests(self) -> None:
+        """End every guest by id, wherever the journal says it is; what is left is a leak that the fixture reports."""
+        for host in self.hosts.values():
+            if host.stopped.is_set():
+                continue
+            for instance in await host.client.get("/v1/instances"):
+                with contextlib.suppress(Exception):
+                    await host.client.delete(f"/v1/instances/{instance['id']}")
+
+
+async def _run(
+    config: Config,
+    hypervisor: Hypervisor,
+    scope: trio.CancelScope,
+    stopped: trio.Event,
+    task_status: trio.TaskStatus[Mapping[str, Any]],
+) -> None:
+    try:
+        with scope:
+            await run_daemon(config, task_status.started, hypervisor)
+    finally:
+        stopped.set()
+
+
+def _write_config(root: Path, directory: Path, name: str, allow: str, limits: str) -> Path:
+    directory.mkdir(exist_ok=True)
+    path = directory / "daemon.toml"
+    path.write_text(
+        f"""
+[listen]
+api = "127.0.0.1:0"
+migration = "127.0.0.1:0"
+bulk = "127.0.0.1:0"
+[tls]
+ca = "{root}/pki/ca.pem"
+certificate = "{root}/pki/{name}.pem"
+key = "{root}/pki/{name}-key.pem"
+[directories]
+state = "state"
+runtime = "{root}/run-{name}"
+[allow]
+interfaces = ["vnic*"]
+features = ["failure-injection"]
+{allow}
+[limits]
+{limits}
+"""
+    )
+    return path
+
+
+@contextlib.asynccontextmanager
+async def open_fleet(root: Path, *names: str) -> AsyncIterator[Fleet]:
+    """Certificates for the hosts *names* and an operator; daemons are started by `Fleet.start`."""
+    authority = root / "pki"
+    authority.mkdir()
+    (root / "witness").mkdir()
+    pki.init_authority(authority, TRUST_DOMAIN)
+    for name in names:
+        pki.issue(authority, Identity(TRUST_DOMAIN, Role.HOST, name), ip_addresses=["127.0.0.1"])
+    files = pki.issue(authority, Identity(TRUST_DOMAIN, Role.OPERATOR, "tester"))
+    operator = TlsFiles(files.ca, files.certificate, files.key)
+    async with open_group() as nursery, contextlib.AsyncExitStack() as stack:
+        fleet = Fleet(root, nursery, stack, operator)
+        try:
+            yield fleet
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(30), contextlib.suppress(VmMigrateError):
+                await fleet.end_guests()
+            nursery.cancel_scope.cancel()
+
+
+# --------------------------------------------------------------------------- guests
+
+
+def spec_v3(**components: Any) -> dict[str, Any]:
+    """A small machine: two vCPUs, COM1, and what is given."""
+    return {
+        "board": {"cpus": 2, "memory_mb": 64, "chipset": {"type": "i440_fx", "value": {"enable_pcie": False}}},
+        "components": {"com1": {"type": "serial_port", "component": {"num": "com1"}}, **components},
+        "smbios": None,
+    }
+
+
+async def create(
+    host: RunningHost, spec: Mapping[str, Any] | None = None, *, spec_version: str = "v3", **request: Any
+) -> str:
+    """Create and start an instance; its id."""
+    instance_id = str(uuid.uuid4())
+    body = {"id": instance_id, "spec_version": spec_version, "spec": spec or spec_v3(), "start": True, **request}
+    await host.client.post("/v1/instances", text=json.dumps(body))
+    return instance_id
+
+
+async def begin(source: RunningHost, destination: RunningHost, instance_id: str, **request: Any) -> str:
+    """Start a migration; its id."""
+    arrival = {name: request.pop(name) for name in ("replacements", "keep") if name in request}
+    ticket = await source.client.post(
+        f"/v1/instances/{instance_id}:migrate-out", {"destination_host": destination.name, **request}
+    )
+    ticket.pop("expires_at_s")
+    await destination.client.post("/v1/migrations:migrate-in", {**ticket, **arrival})
+    return str(ticket["migration_id"])
+
+
+async def wait_outcome(host: RunningHost, migration_id: str) -> dict[str, Any]:
+    """The record of a migration once it has an outcome that is not `unknown`."""
+    with trio.fail_after(DEADLINE_S):
+        while True:
+            record = await host.record(migration_id)
+            if record["outcome"] not in {None, "unknown"}:
+                return record
+            await trio.sleep(0.02)
+
+
+async def migrate(source: RunningHost, destination: RunningHost, instance_id: str, **request: Any) -> dict[str, Any]:
+    """Migrate and wait; the source's record."""
+    migration_id = await begin(source, destination, instance_id, **request)
+    await wait_outcome(destination, migration_id)
+    return await wait_outcome(source, migration_id)
+
+
+async def check(host: RunningHost, instance_id: str) -> dict[str, Any]:
+    """The guest's own verdict on its memory and its heartbeat."""
+    return dict(await host.client.post(f"/v1/instances/{instance_id}:check"))

@@ -1,0 +1,82 @@
+"""Requests of the control API. Strict: nothing is coerced, unknown fields are refused.
+
+Replies are the JSON of the things themselves (records, instances); their shape is documented in docs/api.md.
+Specs are not modelled here: they are read by the spec plane from the request's own text (`daemon/app.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+INSTANCE_ID = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+MIGRATION_ID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+
+InstanceId = Annotated[str, Field(pattern=INSTANCE_ID)]
+MigrationId = Annotated[str, Field(pattern=MIGRATION_ID)]
+
+
+class Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class MachineOverrides(Request):
+    """Departures from the spec for this host's guest, for tests and small machines; they travel with the guest.
+
+    Attributes:
+        ram_bytes: Instead of the spec's `memory_mb`; any positive multiple of 4096.
+        cpus: Instead of the spec's.
+    """
+
+    ram_bytes: Annotated[int, Field(gt=0, multiple_of=4096)] | None = None
+    cpus: Annotated[int, Field(gt=0, le=255)] | None = None
+
+
+class CreateInstance(Request):
+    """Everything but the spec, which stands beside it in the same request as `spec_version` and `spec`."""
+
+    id: InstanceId
+    name: Annotated[str, Field(max_length=256)] = ""
+    description: Annotated[str, Field(max_length=4096)] = ""
+    overrides: MachineOverrides = MachineOverrides()
+    program: dict[str, Any] = Field(default_factory=lambda: {"name": "idle"})
+    blobs: dict[str, str] = Field(default_factory=dict, max_length=256)  # base64
+    start: bool = False
+
+
+class MigrateOut(Request):
+    """Ask the source for a ticket. The options are those of `engine.limits.MigrationOptions`."""
+
+    migration_id: MigrationId | None = None
+    destination_host: InstanceId
+    downtime_ms: Annotated[int, Field(ge=1, le=3_600_000)] = 300
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 3600.0
+    streams: Annotated[int, Field(ge=1, le=16)] = 2
+    verify: Literal["digest", "full"] = "digest"
+    max_rounds: Annotated[int, Field(ge=1, le=1000)] = 30
+    force: bool = False
+
+
+class MigrateIn(Request):
+    """Tell the destination to fetch a guest. `replacements` is the JSON text of the replacement map."""
+
+    migration_id: MigrationId
+    instance_id: InstanceId
+    source_host: InstanceId
+    source_address: Annotated[str, Field(max_length=300)]
+    source_url: Annotated[str, Field(max_length=2048)]
+    ticket: Annotated[str, Field(max_length=256)]
+    replacements: Annotated[str, Field(max_length=1 << 20)] = "{}"
+    keep: Annotated[list[str], Field(max_length=4096)] = Field(default_factory=list)
+    allow_same_generation: bool = False
+    allow_volume_change: bool = False
+
+
+class Cancel(Request):
+    reason: Annotated[str, Field(max_length=1024)] = "cancelled by an operator"
+
+
+class ConsoleInput(Request):
+    port: Annotated[str, Field(max_length=256)]
+    text: Annotated[str, Field(max_length=65_536)]

@@ -1,0 +1,270 @@
+"""The control API over HTTPS. Every route names the call it is; the table in `net.identity` says who may use it.
+
+Errors are one JSON object, {"error": {code, message, details}}, with a status that says whose fault it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import structlog
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+
+import vmmigrate
+from vmmigrate import jsontext
+from vmmigrate.api.models import Cancel, ConsoleInput, CreateInstance, MigrateIn, MigrateOut
+from vmmigrate.daemon.host import Host
+from vmmigrate.daemon.migrations import Migrations
+from vmmigrate.errors import (
+    HypervisorError,
+    IdentityError,
+    JournalError,
+    RequestError,
+    SpecError,
+    TransportError,
+    UsageError,
+    VmMigrateError,
+)
+from vmmigrate.net.https import identity_of_scope
+from vmmigrate.net.identity import Call, Identity, Role, check_allowed
+from vmmigrate.ownership.rules import OwnershipRefusal
+from vmmigrate.spec import chain, document
+
+log = structlog.get_logger(__name__)
+
+M = TypeVar("M", bound=BaseModel)
+
+_STATUS: Mapping[type[VmMigrateError], int] = {
+    UsageError: 400,
+    IdentityError: 403,
+    RequestError: 409,
+    OwnershipRefusal: 409,
+    SpecError: 422,
+    HypervisorError: 502,
+    TransportError: 502,
+}
+_STATUS_BY_CODE: Mapping[str, int] = {"unknown_instance": 404, "unknown_migration": 404}
+
+
+def allowed(call: Call) -> Any:
+    """A dependency: the identity behind the request, if its role may use *call*."""
+
+    def check(request: Request) -> Identity:
+        identity = identity_of_scope(request.scope)
+        check_allowed(identity, call)
+        return identity
+
+    return Depends(check)
+
+
+def make_app(host: Host, migrations: Migrations) -> FastAPI:
+    """The application of one daemon."""
+    app = FastAPI(title="vmmigrate host daemon", version=vmmigrate.__version__, docs_url=None, redoc_url=None)
+    app.add_exception_handler(VmMigrateError, _reply_with_error(host))
+    _add_instances(app, host)
+    _add_consoles(app, host)
+    _add_migrations(app, host, migrations)
+    return app
+
+
+def _reply_with_error(host: Host) -> Callable[[Request, Any], JSONResponse]:
+    def reply(request: Request, exc: VmMigrateError) -> JSONResponse:
+        if isinstance(exc, JournalError):
+            host.failure = exc
+            host.fatal.set()
+        status = _STATUS_BY_CODE.get(exc.code) or next(
+            (status for kind, status in _STATUS.items() if isinstance(exc, kind)), 500
+        )
+        log.info("api.refused", path=request.url.path, status=status, code=exc.code, text=exc.text)
+        return JSONResponse({"error": exc.as_dict()}, status)
+
+    return reply
+
+
+def _add_instances(app: FastAPI, host: Host) -> None:
+    @app.get("/v1/host", dependencies=[allowed(Call.INSTANCE_READ)])
+    async def show_host() -> dict[str, Any]:
+        return host.host_facts()
+
+    @app.post("/v1/instances", status_code=201, dependencies=[allowed(Call.INSTANCE_WRITE)])
+    async def create_instance(request: Request) -> dict[str, Any]:
+        body, spec = _spec_request(await request.body())
+        return await host.create(_checked(CreateInstance, body), spec)
+
+    @app.get("/v1/instances", dependencies=[allowed(Call.INSTANCE_READ)])
+    async def list_instances() -> list[dict[str, Any]]:
+        return [await host.describe(instance_id) for instance_id in sorted(host.instances)]
+
+    @app.get("/v1/instances/{instance_id}", dependencies=[allowed(Call.INSTANCE_READ)])
+    async def show_instance(instance_id: str) -> dict[str, Any]:
+        return await host.describe(instance_id)
+
+    @app.delete("/v1/instances/{instance_id}", dependencies=[allowed(Call.INSTANCE_WRITE)])
+    async def delete_instance(instance_id: str) -> dict[str, Any]:
+        await host.delete(instance_id)
+        return {"id": instance_id, "deleted": True}
+
+    @app.post("/v1/instances/{instance_id}:start", dependencies=[allowed(Call.INSTANCE_WRITE)])
+    async def start_instance(instance_id: str) -> dict[str, Any]:
+        await host.start(instance_id)
+        return await host.describe(instance_id)
+
+    @app.post("/v1/instances/{instance_id}:stop", dependencies=[allowed(Call.INSTANCE_WRITE)])
+    async def stop_instance(instance_id: str) -> dict[str, Any]:
+        await host.stop(instance_id)
+        return await host.describe(instance_id)
+
+    @app.post("/v1/instances/{instance_id}:pause", dependencies=[allowed(Call.INSTANCE_WRITE)])
+    async def pause_instance(instance_id: str) -> dict[str, Any]:
+        await host.pause(instance_id)
+        return await host.describe(instance_id)
+
+    @app.get("/v1/instances/{instance_id}/spec", dependencies=[allowed(Call.INSTANCE_READ)])
+    async def show_spec(instance_id: str, version: str = chain.LATEST) -> dict[str, Any]:
+        spec = chain.convert(host.instance(instance_id).document.spec, version)
+        return {"spec_version": version, "spec": document.to_json(spec)}
+
+
+def _add_consoles(app: FastAPI, host: Host) -> None:
+    @app.get("/v1/instances/{instance_id}/console", dependencies=[allowed(Call.INSTANCE_READ)])
+    async def show_console(instance_id: str, port: str) -> dict[str, Any]:
+        guest = host.guest(instance_id)
+        _check_port(guest.plan.serial_ports, port)
+        history = await guest.console_history(port)
+        return {
+            "port": port,
+            "total_bytes": history.total_bytes,
+            "beginning": history.beginning.decode("latin-1"),
+            "rolling": history.rolling.decode("latin-1"),
+        }
+
+    @app.post("/v1/instances/{instance_id}/console", dependencies=[allowed(Call.INSTANCE_WRITE)])
+    async def type_on_console(instance_id: str, request: Request) -> dict[str, Any]:
+        guest = host.guest(instance_id)
+        keys = _checked(ConsoleInput, _json(await request.body()))
+        _check_port(guest.plan.serial_ports, keys.port)
+        await guest.console_input(keys.port, keys.text.encode())
+        return {"port": keys.port}
+
+    @app.post("/v1/instances/{instance_id}:check", dependencies=[allowed(Call.INSTANCE_READ)])
+    async def check_guest(instance_id: str) -> dict[str, Any]:
+        guest = host.guest(instance_id)
+        check = await guest.self_check()
+        return {
+            "consistent": check.consistent,
+            "pages_checked": check.pages_checked,
+            "first_bad_page": check.first_bad_page,
+            "reason": check.reason,
+            "heartbeat": dict(await guest.heartbeat_gaps()),
+        }
+
+
+def _add_migrations(app: FastAPI, host: Host, migrations: Migrations) -> None:
+    @app.post("/v1/instances/{instance_id}:migrate-out", dependencies=[allowed(Call.MIGRATE)])
+    async def migrate_out(instance_id: str, request: Request) -> dict[str, Any]:
+        return await migrations.migrate_out(instance_id, _checked(MigrateOut, _json(await request.body())))
+
+    @app.post("/v1/migrations:migrate-in", status_code=202, dependencies=[allowed(Call.MIGRATE)])
+    async def migrate_in(request: Request) -> dict[str, Any]:
+        return await migrations.migrate_in(_checked(MigrateIn, _json(await request.body())))
+
+    @app.get("/v1/migrations", dependencies=[allowed(Call.MIGRATION_READ)])
+    async def list_migrations() -> list[dict[str, Any]]:
+        return migrations.list()
+
+    @app.get("/v1/migrations/{migration_id}", dependencies=[allowed(Call.MIGRATION_READ)])
+    async def show_migration(migration_id: str) -> dict[str, Any]:
+        return migrations.describe(migration_id)
+
+    @app.post("/v1/migrations/{migration_id}:cancel", dependencies=[allowed(Call.MIGRATION_CANCEL)])
+    async def cancel_migration(migration_id: str, request: Request) -> dict[str, Any]:
+        wanted = _checked(Cancel, _json(await request.body() or b"{}"))
+        return await migrations.cancel(migration_id, wanted.reason)
+
+    @app.get("/v1/migrations/{migration_id}/side")
+    async def show_side(migration_id: str, asking: Annotated[Identity, allowed(Call.SIDE)]) -> dict[str, Any]:
+        _check_peer(host, migration_id, asking)
+        return migrations.side(migration_id)
+
+    @app.post("/v1/migrations/{migration_id}/side:settle")
+    async def settle_side(migration_id: str, asking: Annotated[Identity, allowed(Call.SIDE_SETTLE)]) -> dict[str, Any]:
+        return await migrations.settle_side(migration_id, asking)
+
+
+def _check_peer(host: Host, migration_id: str, asking: Identity) -> None:
+    """A host sees the sides of its own migrations only."""
+    if asking.role is not Role.HOST:
+        return
+    state = host.journal.state
+    outgoing, incoming = state.outgoing.get(migration_id), state.incoming.get(migration_id)
+    peers = {
+        outgoing.ticket.destination_host if outgoing else None,
+        incoming.reserved.source_host if incoming else None,
+    }
+    if asking.name not in peers:
+        raise IdentityError(f"{asking} is not the peer of migration {migration_id}", code="forbidden")
+
+
+def _check_port(ports: Any, wanted: str) -> None:
+    names = [port.name for port in ports]
+    if wanted not in names:
+        listed = ", ".join(names) or "none"
+        raise RequestError(f"no serial port {wanted!r} (there are: {listed})", code="unknown_port")
+
+
+def _json(body: bytes) -> Any:
+    """The body as plain values, read strictly: no duplicate keys, no NaN."""
+    return _plain(jsontext.parse(body))
+
+
+def _spec_request(body: bytes) -> tuple[Any, chain.AnySpec]:
+    """The request without its spec, and the spec, which its own strict decoder reads from the same text.
+
+    Raises: SpecParseError, UsageError.
+    """
+    tree = jsontext.parse(body)
+    # The spec's own duplicates and spellings are its decoder's business, with its own messages.
+    beside = tuple((key, value) for key, value in tree if key != "spec") if isinstance(tree, tuple) else ()
+    plain = _plain(beside)
+    one_spec = isinstance(tree, tuple) and len(tree) == len(beside) + 1
+    if not one_spec or not isinstance(plain.get("spec_version"), str):
+        raise UsageError("the request needs 'spec_version' (v1, v2 or v3) and one 'spec'", code="bad_request")
+    spec = document.from_tree(plain.pop("spec_version"), _member(tree, "spec"))
+    return plain, spec
+
+
+def _checked(model: type[M], body: Any) -> M:
+    """Raises: UsageError `bad_request`: one line with the first field that is wrong."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "body"
+        raise UsageError(f"request: {where}: {first['msg']}", code="bad_request") from None
+
+
+def _plain(tree: jsontext.Json) -> Any:
+    """A strict tree as plain Python values.
+
+    Raises: UsageError: duplicate keys, or text and numbers that have no value.
+    """
+    if isinstance(tree, tuple):
+        plain = {key: _plain(value) for key, value in tree}
+        if len(plain) != len(tree):
+            raise UsageError("request: an object has a key twice", code="bad_request")
+        return plain
+    if isinstance(tree, list):
+        return [_plain(value) for value in tree]
+    if isinstance(tree, jsontext.Float):
+        return float(tree.spelling)
+    if isinstance(tree, jsontext.Flaw):
+        raise UsageError(f"request: {tree.text}", code="bad_request")
+    return tree
+
+
+def _member(tree: jsontext.Json, name: str) -> jsontext.Json:
+    assert isinstance(tree, tuple)
+    return next(value for key, value in tree if key == name)

@@ -1,0 +1,128 @@
+"""The daemon's configuration: one TOML file, checked whole before anything is opened."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from vmmigrate.errors import UsageError
+from vmmigrate.net.tls import TlsFiles
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+def address(value: Any) -> tuple[str, int]:
+    """`HOST:PORT`; IPv6 hosts in brackets; port 0 lets the kernel choose."""
+    if isinstance(value, str):
+        host, colon, port = value.rpartition(":")
+        if colon and host and port.isdecimal() and int(port) <= 65_535:
+            return host.removeprefix("[").removesuffix("]"), int(port)
+    raise ValueError(f"{value!r} is no address, needed is 'HOST:PORT'")
+
+
+def _path(value: Any) -> Path:
+    if isinstance(value, str) and value:
+        return Path(value)
+    raise ValueError(f"{value!r} is no path")
+
+
+Address = Annotated[tuple[str, int], BeforeValidator(address)]
+FilePath = Annotated[Path, BeforeValidator(_path)]
+
+
+class Listen(_Section):
+    """Where the daemon listens, and under which name others reach it."""
+
+    api: Address = ("127.0.0.1", 7441)
+    migration: Address = ("127.0.0.1", 7442)
+    bulk: Address = ("127.0.0.1", 7443)
+    advertise: str = ""
+
+
+class Tls(_Section):
+    ca: FilePath
+    certificate: FilePath
+    key: FilePath
+
+
+class Directories(_Section):
+    """`state` must survive a restart of the host; `runtime` must not."""
+
+    state: FilePath
+    runtime: FilePath
+
+
+class Allow(_Section):
+    """What guests of this host may open. Specs of peers are not trusted: everything is refused that is not here.
+
+    Attributes:
+        paths: Directories under which file backends may lie, after resolving links.
+        interfaces: Names or patterns (`vnic*`) of network interfaces.
+        features: Build features of specs: `failure-injection`.
+        volumes: Where Crucible volumes lie on this host, by volume id (the embedded machine's model of Crucible).
+    """
+
+    paths: list[FilePath] = Field(default_factory=list)
+    interfaces: list[str] = Field(default_factory=list)
+    features: list[str] = Field(default_factory=list)
+    volumes: dict[str, FilePath] = Field(default_factory=dict)
+
+
+class Limits(_Section):
+    ticket_s: Annotated[int, Field(gt=0, le=3600)] = 60
+    handoff_window_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    max_ram_bytes: Annotated[int, Field(gt=0)] = 1 << 42
+
+
+class Config(_Section):
+    """Everything a daemon needs to start. Relative paths are relative to the file."""
+
+    listen: Listen = Listen()
+    tls: Tls
+    directories: Directories
+    allow: Allow = Allow()
+    limits: Limits = Limits()
+
+    def tls_files(self) -> TlsFiles:
+        return TlsFiles(self.tls.ca, self.tls.certificate, self.tls.key)
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in *path*.
+
+    Raises:
+        UsageError: `bad_config`, one line that says what, where and what is allowed.
+    """
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise UsageError(f"{path}: {exc.strerror}", code="bad_config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UsageError(f"{path}: not TOML: {exc}", code="bad_config") from None
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        more = f" (and {exc.error_count() - 1} more)" if exc.error_count() > 1 else ""
+        raise UsageError(f"{path}: {where}: {_plainly(first)}{more}", code="bad_config") from None
+    return _absolute(config, path.parent)
+
+
+def _plainly(error: Any) -> str:
+    allowed = {"extra_forbidden": "no such setting", "missing": "this setting is needed"}
+    return allowed.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+
+
+def _absolute(config: Config, base: Path) -> Config:
+    base = base.resolve()
+    tls = Tls.model_construct(**{name: base / value for name, value in config.tls})
+    directories = Directories.model_construct(**{name: base / value for name, value in config.directories})
+    volumes = {name: base / path for name, path in config.allow.volumes.items()}
+    allow = config.allow.model_copy(update={"paths": [base / path for path in config.allow.paths], "volumes": volumes})
+    return config.model_copy(update={"tls": tls, "directories": directories, "allow": allow})

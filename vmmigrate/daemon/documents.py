@@ -1,0 +1,126 @@
+"""What a host keeps of its instances and ended migrations beside the journal: JSON files, replaced atomically.
+
+The journal says who owns a guest; these files say what the guest is. They are written before the journal record that
+makes them matter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmmigrate.engine.journal import sync_directory
+from vmmigrate.errors import JournalError
+from vmmigrate.memory import RamLayout
+from vmmigrate.spec import chain, document
+from vmmigrate.spec.latest import InstanceSpec
+
+
+@dataclass(frozen=True)
+class InstanceDocument:
+    """What an instance is. `overrides` and `program` are those of the request that created it."""
+
+    instance_id: str
+    spec: InstanceSpec
+    name: str = ""
+    description: str = ""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    program: Mapping[str, Any] = field(default_factory=lambda: {"name": "idle"})
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
+
+    def properties(self) -> dict[str, str]:
+        """What of it travels in the preamble beside the spec."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "overrides": json.dumps(dict(self.overrides)),
+            "program": json.dumps(dict(self.program)),
+        }
+
+    def layout(self, of_spec: RamLayout) -> RamLayout:
+        ram_bytes = self.overrides.get("ram_bytes")
+        return of_spec if ram_bytes is None else RamLayout.for_size(ram_bytes)
+
+
+class DocumentStore:
+    """Instance documents and migration records under a state directory."""
+
+    def __init__(self, state: Path, fsync: Callable[[int], None] = os.fsync) -> None:
+        self._fsync = fsync
+        self._instances = state / "instances"
+        self._migrations = state / "migrations"
+        for directory in (state, self._instances, self._migrations):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def save_instance(self, kept: InstanceDocument) -> None:
+        """Durable when this returns. Blocking.
+
+        Raises: JournalError `document_io`.
+        """
+        plain = {
+            "format": 1,
+            "id": kept.instance_id,
+            "name": kept.name,
+            "description": kept.description,
+            "spec_version": chain.LATEST,
+            "spec": document.serialise(kept.spec),
+            "overrides": dict(kept.overrides),
+            "program": dict(kept.program),
+            "blobs": {name: blob.hex() for name, blob in kept.blobs.items()},
+        }
+        self._write(self._instances / f"{kept.instance_id}.json", plain)
+
+    def load_instances(self) -> Iterator[InstanceDocument]:
+        """All instance documents. Raises: JournalError `document_damaged`, SpecError."""
+        for path in sorted(self._instances.glob("*.json")):
+            plain = _read(path)
+            yield InstanceDocument(
+                instance_id=plain["id"],
+                spec=chain.up(document.parse(plain["spec_version"], plain["spec"])),
+                name=plain["name"],
+                description=plain["description"],
+                overrides=plain["overrides"],
+                program=plain["program"],
+                blobs={name: bytes.fromhex(blob) for name, blob in plain["blobs"].items()},
+            )
+
+    def remove_instance(self, instance_id: str) -> None:
+        (self._instances / f"{instance_id}.json").unlink(missing_ok=True)
+
+    def save_record(self, migration_id: str, record: Mapping[str, Any]) -> None:
+        """A migration's record as it ended."""
+        self._write(self._migrations / f"{migration_id}.{record['role']}.json", record)
+
+    def load_records(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self._migrations.glob("*.json")):
+            yield _read(path)
+
+    def _write(self, path: Path, plain: Mapping[str, Any]) -> None:
+        fresh = path.with_suffix(".new")
+        try:
+            with open(fresh, "w", encoding="utf-8", opener=_private) as file:
+                json.dump(plain, file)
+                file.flush()
+                self._fsync(file.fileno())
+            os.replace(fresh, path)
+            sync_directory(path.parent, self._fsync)
+        except OSError as exc:
+            raise JournalError(f"{path}: {exc.strerror}", code="document_io") from exc
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise JournalError(f"{path}: {exc}", code="document_damaged") from exc
+    if not isinstance(plain, dict):
+        raise JournalError(f"{path}: not an object", code="document_damaged")
+    return plain

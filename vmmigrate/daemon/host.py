@@ -1,0 +1,385 @@
+"""What a host daemon knows and does with its own instances. Migrations are `migrations.py`, the API is `app.py`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+import trio
+
+import vmmigrate
+from vmmigrate.api.models import CreateInstance
+from vmmigrate.daemon.admission import check_admissible
+from vmmigrate.daemon.config import Config
+from vmmigrate.daemon.documents import DocumentStore, InstanceDocument
+from vmmigrate.engine.destination import Arrival
+from vmmigrate.engine.journal import AsyncJournal
+from vmmigrate.errors import HypervisorError, JournalError, RequestError, SpecBuildError, UsageError, VmMigrateError
+from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp, Hypervisor
+from vmmigrate.hypervisor.plan import guest_plan, layout_of
+from vmmigrate.net.identity import Identity
+from vmmigrate.ownership import records as r
+from vmmigrate.ownership import rules
+from vmmigrate.ownership.records import Epoch
+from vmmigrate.ownership.state import Holding
+from vmmigrate.spec import build, chain
+from vmmigrate.spec.creatable import check_creatable
+from vmmigrate.spec.latest import InstanceSpec
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Instance:
+    """One instance on this host: what it is, and its guest while there is one."""
+
+    document: InstanceDocument
+    guest: Guest | None = None
+    lock: trio.Lock = field(default_factory=trio.Lock)
+
+
+class Host:
+    """The instances of one host.
+
+    Attributes:
+        identity: Who this host is: from its certificate.
+        instances: By id; also those that live elsewhere by now.
+        nursery: Owns the watch over every guest, and every migration.
+        fatal: Set when the journal is poisoned: the daemon must exit, its restart reads the journal anew.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        journal: AsyncJournal,
+        documents: DocumentStore,
+        hypervisor: Hypervisor,
+        nursery: trio.Nursery,
+    ) -> None:
+        self.config = config
+        self.identity = identity
+        self.journal = journal
+        self.documents = documents
+        self.hypervisor = hypervisor
+        self.nursery = nursery
+        self.instances: dict[str, Instance] = {}
+        self.failure: JournalError | None = None
+        self.fatal = trio.Event()
+
+    # -- what is known ---------------------------------------------------------------------------------------------
+
+    def instance(self, instance_id: str) -> Instance:
+        """Raises: RequestError `unknown_instance`."""
+        known = self.journal.state.instances.get(instance_id)
+        instance = self.instances.get(instance_id)
+        if known is None or known.holding is Holding.REMOVED or instance is None:
+            listed = ", ".join(sorted(self.instances)) or "none"
+            raise RequestError(f"no instance {instance_id} on this host (there are: {listed})", code="unknown_instance")
+        return instance
+
+    async def describe(self, instance_id: str) -> dict[str, Any]:
+        """The instance as the API shows it."""
+        instance = self.instance(instance_id)
+        known = self.journal.state.instances[instance_id]
+        shown: dict[str, Any] = {
+            "id": instance_id,
+            "name": instance.document.name,
+            "description": instance.document.description,
+            "host": self.identity.name,
+            "holding": known.holding.value,
+            "epoch": list(known.epoch),
+            "migration_id": self.journal.state.open_outgoing(instance_id) or known.last_migration,
+            "ram_bytes": self.plan(instance.document).layout.size_bytes,
+            "guest": None,
+        }
+        shown["state"] = await self._state(instance, known.holding, shown)
+        return shown
+
+    async def _state(self, instance: Instance, holding: Holding, shown: dict[str, Any]) -> str:
+        guest = instance.guest
+        if guest is not None:
+            try:
+                status = await guest.status()
+            except HypervisorError as exc:
+                shown["guest"] = {"error": exc.as_dict()}
+                return "lost" if exc.code == "guest_lost" else "unresponsive"
+            shown["guest"] = {
+                "run_state": status.run_state.value,
+                "pid": guest.process.pid,
+                "heartbeats": status.heartbeats,
+                "backends_open": status.backends_open,
+                "program": dict(status.program),
+            }
+        if holding is Holding.RELEASED:
+            return "in_doubt"
+        if holding is not Holding.HELD:
+            return holding.value
+        if guest is None:
+            return "stopped"
+        migrating = self.journal.state.open_outgoing(instance.document.instance_id) is not None
+        return "migrating" if migrating else str(shown["guest"]["run_state"])
+
+    def guest(self, instance_id: str) -> Guest:
+        """Raises: RequestError `unknown_instance`, `not_running`."""
+        guest = self.instance(instance_id).guest
+        if guest is None:
+            raise RequestError(f"instance {instance_id} has no guest on this host; start it", code="not_running")
+        return guest
+
+    # -- what it takes to build a guest ----------------------------------------------------------------------------
+
+    def plan(self, document: InstanceDocument) -> GuestPlan:
+        """The plan of a guest. Raises: SpecBuildError, SpecCreatableError."""
+        machine = build.build(document.spec, frozenset(self.config.allow.features))
+        return guest_plan(
+            document.instance_id,
+            machine,
+            document.layout(layout_of(machine)),
+            cpus=document.overrides.get("cpus"),
+            program=document.program,
+            volumes=self.config.allow.volumes,
+        )
+
+    def check(self, document: InstanceDocument, needed_bytes: int) -> GuestPlan:
+        """The plan of a guest that this host can and may build.
+
+        Raises: SpecError: every problem at once.
+        """
+        check_creatable(build.build(document.spec, frozenset(self.config.allow.features)))
+        plan = self.plan(document)
+        check_admissible(plan, self.config.allow, needed_bytes)
+        if plan.layout.size_bytes > self.config.limits.max_ram_bytes:
+            raise SpecBuildError(
+                f"{plan.layout.size_bytes} bytes of RAM, this host takes {self.config.limits.max_ram_bytes}",
+                code="host_refuses",
+            )
+        return plan
+
+    async def _spawn(self, document: InstanceDocument, plan: GuestPlan, epoch: Epoch, migration: str | None) -> Guest:
+        """Build a guest and note its process in the journal; nothing is left when that fails."""
+        stamp = GuestStamp(document.instance_id, self.identity.name, epoch, migration)
+        guest = await self.hypervisor.build(plan, stamp, for_migration=migration is not None)
+        process = guest.process
+        try:
+            await self.journal.commit(
+                rules.Spawn(
+                    r.Spawned(
+                        document.instance_id, migration, process.pid, process.start_ticks, str(process.socket_path)
+                    )
+                )
+            )
+        except BaseException:
+            await guest.destroy()
+            raise
+        return guest
+
+    def watch(self, instance: Instance, guest: Guest) -> None:
+        """Notice when the process of *guest* ends although nobody ended it."""
+        instance.guest = guest
+        self.nursery.start_soon(self._watch, instance, guest)
+
+    async def _watch(self, instance: Instance, guest: Guest) -> None:
+        await guest.wait_exit()
+        instance_id = instance.document.instance_id
+        known = self.journal.state.instances.get(instance_id)
+        if instance.guest is not guest or known is None or known.holding not in {Holding.HELD, Holding.RELEASED}:
+            return  # ended on purpose, or given away
+        log.error("guest.lost", instance=instance_id, pid=guest.process.pid)
+        with self.journal_failures():
+            await self.journal.commit(rules.Lose(instance_id, "the guest process ended by itself"))
+        instance.guest = None
+        await guest.destroy()
+
+    def journal_failures(self) -> JournalFailures:
+        """A block whose journal errors end the daemon, and go no further."""
+        return JournalFailures(self)
+
+    # -- create, start, stop, delete -------------------------------------------------------------------------------
+
+    async def create(self, request: CreateInstance, spec: chain.AnySpec) -> dict[str, Any]:
+        """Make an instance; started if asked for.
+
+        Raises: SpecError, UsageError, RequestError; then nothing was made.
+        """
+        document = InstanceDocument(
+            instance_id=request.id,
+            spec=chain.up(spec),
+            name=request.name,
+            description=request.description,
+            overrides=request.overrides.model_dump(exclude_none=True),
+            program=request.program,
+            blobs=_decode_blobs(request.blobs),
+        )
+        self.check(document, 0)
+        # Decided before it is written, so that a refusal leaves the document of the existing instance alone.
+        rules.decide(self.journal.state, rules.Create(request.id))
+        await trio.to_thread.run_sync(self.documents.save_instance, document)
+        await self.journal.commit(rules.Create(request.id))
+        self.instances[request.id] = Instance(document)
+        log.info("instance.created", instance=request.id)
+        if request.start:
+            try:
+                await self.start(request.id)
+            except VmMigrateError:
+                await self.delete(request.id)
+                raise
+        return await self.describe(request.id)
+
+    async def start(self, instance_id: str) -> None:
+        """Build the guest and run it. Idempotent for a running one.
+
+        Raises: RequestError, OwnershipRefusal, HypervisorError; then it is stopped.
+        """
+        instance = self.instance(instance_id)
+        async with instance.lock:
+            known = self.journal.state.instances[instance_id]
+            if instance.guest is not None:
+                self._check_not_migrating(instance_id)
+                await instance.guest.run(known.epoch)
+                return
+            # The rules refuse what this host does not own before a process exists.
+            rules.decide(self.journal.state, rules.Stop(instance_id))
+            plan = self.check(instance.document, 0)
+            guest = await self._spawn(instance.document, plan, known.epoch, None)
+            try:
+                await guest.open_backends(known.epoch)
+                await guest.run(known.epoch)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self.journal.commit(rules.Stop(instance_id))
+                    await guest.destroy()
+                raise
+            self.watch(instance, guest)
+            log.info("instance.started", instance=instance_id, pid=guest.process.pid)
+
+    async def stop(self, instance_id: str) -> None:
+        """End the guest. Idempotent. Raises: RequestError `migrating`, OwnershipRefusal."""
+        instance = self.instance(instance_id)
+        async with instance.lock:
+            await self.journal.commit(rules.Stop(instance_id))
+            await self._end_guest(instance)
+            log.info("instance.stopped", instance=instance_id)
+
+    async def pause(self, instance_id: str) -> None:
+        """Pause the guest as an operator. Raises: RequestError `migrating`, `not_running`."""
+        instance = self.instance(instance_id)
+        async with instance.lock:
+            self._check_not_migrating(instance_id)
+            await self.guest(instance_id).pause()
+
+    async def delete(self, instance_id: str) -> None:
+        """Stop and forget the instance. Raises: RequestError, OwnershipRefusal."""
+        instance = self.instance(instance_id)
+        async with instance.lock:
+            await self.journal.commit(rules.Remove(instance_id))
+            await self._end_guest(instance)
+            del self.instances[instance_id]
+            await trio.to_thread.run_sync(self.documents.remove_instance, instance_id)
+            log.info("instance.deleted", instance=instance_id)
+
+    async def _end_guest(self, instance: Instance) -> None:
+        guest, instance.guest = instance.guest, None
+        if guest is not None:
+            await guest.destroy()
+
+    def _check_not_migrating(self, instance_id: str) -> None:
+        migration = self.journal.state.open_outgoing(instance_id)
+        if migration is not None:
+            raise RequestError(f"instance {instance_id} is migrating as {migration}", code="migrating")
+
+    # -- arrivals --------------------------------------------------------------------------------------------------
+
+    async def build_arrival(self, migration_id: str, instance_id: str, arrival: Arrival) -> Guest:
+        """Build the guest of an incoming migration, stopped, its document durable.
+
+        Raises: SpecError, HypervisorError, OwnershipRefusal; nothing is left.
+        """
+        document = _arriving_document(instance_id, arrival.spec, arrival.properties, arrival.blobs)
+        plan = self.check(document, arrival.needed_bytes)
+        if plan.layout != arrival.layout:
+            raise SpecBuildError(
+                f"the source's RAM regions are not those of its spec: {arrival.layout.size_bytes} bytes in"
+                f" {len(arrival.layout.regions)} regions, expected {plan.layout.size_bytes}",
+                code="bad_regions",
+            )
+        guest = await self._spawn(document, plan, arrival.epoch, migration_id)
+        try:
+            await trio.to_thread.run_sync(self.documents.save_instance, document)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await guest.destroy()
+            raise
+        self.instances[instance_id] = Instance(document)
+        return guest
+
+    def host_facts(self) -> dict[str, Any]:
+        """Who this host is and what it can do."""
+        capabilities = self.hypervisor.capabilities
+        return {
+            "host": self.identity.name,
+            "identity": self.identity.uri,
+            "version": vmmigrate.__version__,
+            "hypervisor": capabilities.hypervisor,
+            "hypervisor_version": capabilities.version,
+            "dirty_tracking": capabilities.dirty_tracking,
+            "dirty_tracking_reason": capabilities.dirty_tracking_reason,
+            "spec_versions": list(chain.CHAIN.names),
+            "features": list(self.config.allow.features),
+            "journal_id": self.journal.id,
+        }
+
+
+class JournalFailures:
+    """Ends the daemon on a poisoned journal; other errors of ours pass."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, exc: BaseException | None, traceback: object) -> bool:
+        if not isinstance(exc, JournalError):
+            return False
+        self._host.failure = exc
+        self._host.fatal.set()
+        return True
+
+
+def _decode_blobs(blobs: Mapping[str, str]) -> dict[str, bytes]:
+    try:
+        return {name: base64.b64decode(text, validate=True) for name, text in blobs.items()}
+    except binascii.Error:
+        raise UsageError("blobs: values must be base64", code="bad_request") from None
+
+
+def _arriving_document(
+    instance_id: str, spec: InstanceSpec, properties: Mapping[str, str], blobs: Mapping[str, bytes]
+) -> InstanceDocument:
+    """The document of an instance from what its source says of it; checked like a request of its own."""
+    try:
+        request = CreateInstance.model_validate(
+            {
+                "id": instance_id,
+                "name": properties.get("name", ""),
+                "description": properties.get("description", ""),
+                "overrides": json.loads(properties.get("overrides", "{}")),
+                "program": json.loads(properties.get("program", "{}")),
+            }
+        )
+    except ValueError as exc:
+        raise SpecBuildError("the source's properties are malformed", code="bad_properties") from exc
+    return InstanceDocument(
+        instance_id=instance_id,
+        spec=spec,
+        name=request.name,
+        description=request.description,
+        overrides=request.overrides.model_dump(exclude_none=True),
+        program=request.program,
+        blobs=blobs,
+    )

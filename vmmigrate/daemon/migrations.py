@@ -1,0 +1,423 @@
+"""Migrations of one host: tickets out, arrivals in, the protocol port, settling, cancelling, records."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import structlog
+import trio
+
+from vmmigrate.api.client import open_client
+from vmmigrate.api.models import MigrateIn, MigrateOut
+from vmmigrate.daemon.config import address as parse_address
+from vmmigrate.daemon.host import Host
+from vmmigrate.devices import registry
+from vmmigrate.engine.destination import DestinationMigration, migrate_in
+from vmmigrate.engine.limits import Deadlines, MigrationOptions
+from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
+from vmmigrate.engine.outgoing import SettleAnswer, SourceMigration, settle
+from vmmigrate.engine.source import migrate_out
+from vmmigrate.errors import (
+    HandoffInDoubt,
+    JournalError,
+    MigrationCancelled,
+    RequestError,
+    UsageError,
+    VmMigrateError,
+)
+from vmmigrate.hypervisor.base import RunState
+from vmmigrate.net.channel import Channel, open_channel
+from vmmigrate.net.door import BulkDoor
+from vmmigrate.net.identity import Identity, Role
+from vmmigrate.net.secrets import ticket_hash
+from vmmigrate.net.tls import TlsStream, client_context, close_tls, connect_tls
+from vmmigrate.ownership import records as r
+from vmmigrate.ownership import rules
+from vmmigrate.ownership.rules import Answer, OwnershipRefusal
+from vmmigrate.ownership.state import Holding, Incoming, Outgoing
+from vmmigrate.spec import amend
+from vmmigrate.wire import phases
+from vmmigrate.wire.messages import Offer, Refuse
+
+log = structlog.get_logger(__name__)
+
+CONNECT_DEADLINE_S = 10.0
+OFFER_DEADLINE_S = 10.0
+TICKET_BYTES = 32
+
+
+class Migrations:
+    """All migrations that this daemon knows of, both ways.
+
+    Attributes:
+        records: By migration id, as JSON-ready maps for those that ended before this daemon started.
+        sources: Outgoing migrations whose guest this daemon holds.
+        channels: The control channel of each migration that is under way.
+    """
+
+    def __init__(self, host: Host, door: BulkDoor, ports: Mapping[str, int], api_url: str) -> None:
+        self.host = host
+        self.door = door
+        self.ports = ports
+        self.api_url = api_url
+        self.records: dict[str, MigrationRecord] = {}
+        self.past: dict[str, dict[str, Any]] = {}
+        self.sources: dict[str, SourceMigration] = {}
+        self.channels: dict[str, Channel] = {}
+        self.deadlines = Deadlines(handoff_window_s=host.config.limits.handoff_window_s)
+
+    # -- what is known ---------------------------------------------------------------------------------------------
+
+    def describe(self, migration_id: str) -> dict[str, Any]:
+        """The record of a migration. Raises: RequestError `unknown_migration`."""
+        record = self.records.get(migration_id)
+        if record is not None:
+            return record.as_dict()
+        if migration_id in self.past:
+            return self.past[migration_id]
+        raise RequestError(f"no migration {migration_id} on this host", code="unknown_migration")
+
+    def list(self) -> list[dict[str, Any]]:
+        shown = {**self.past, **{m: record.as_dict() for m, record in self.records.items()}}
+        return sorted(shown.values(), key=lambda record: float(record["created_at_s"]))
+
+    def side(self, migration_id: str) -> dict[str, Any]:
+        """What this host's journal says of M: a pure read, never evidence."""
+        state = self.host.journal.state
+        incoming, outgoing = state.incoming.get(migration_id), state.outgoing.get(migration_id)
+        return {
+            "migration_id": migration_id,
+            "journal_id": self.host.journal.id,
+            "incoming": incoming.stage.value if incoming else None,
+            "outgoing": outgoing.stage.value if outgoing else None,
+            "verdict": rules.verdict(state, migration_id).value,
+        }
+
+    # -- out: the source -------------------------------------------------------------------------------------------
+
+    async def migrate_out(self, instance_id: str, request: MigrateOut) -> dict[str, Any]:
+        """Make a migration that awaits its peer, and the ticket for it.
+
+        Raises: RequestError, OwnershipRefusal, HypervisorError (`not_migratable`); nothing was made.
+        """
+        host = self.host
+        guest = host.guest(instance_id)
+        if request.destination_host == host.identity.name:
+            raise RequestError(f"instance {instance_id} is on host {host.identity.name} already", code="same_host")
+        await guest.list_payloads()
+        migration_id, ticket = request.migration_id or str(uuid.uuid4()), secrets.token_hex(TICKET_BYTES)
+        expires_at_s = int(time.time()) + host.config.limits.ticket_s
+        superseded = host.journal.state.open_outgoing(instance_id)
+        await host.journal.commit(
+            rules.IssueTicket(
+                r.TicketIssued(migration_id, instance_id, request.destination_host, ticket_hash(ticket), expires_at_s)
+            )
+        )
+        if superseded is not None:
+            self._close_record(superseded, RequestError("a newer migration took its place", code="superseded"))
+        destination = Identity(host.identity.trust_domain, Role.HOST, request.destination_host)
+        self.sources[migration_id] = self.make_source(migration_id, instance_id, destination, _options(request))
+        host.nursery.start_soon(self._expire, migration_id, expires_at_s)
+        log.info("migration.awaits_peer", migration=migration_id, instance=instance_id, to=destination.name)
+        return {
+            "migration_id": migration_id,
+            "ticket": ticket,
+            "instance_id": instance_id,
+            "source_host": host.identity.name,
+            "source_address": f"{self._advertised()}:{self.ports['migration']}",
+            "source_url": self.api_url,
+            "expires_at_s": expires_at_s,
+        }
+
+    def make_source(
+        self, migration_id: str, instance_id: str, destination: Identity, options: MigrationOptions
+    ) -> SourceMigration:
+        """An outgoing migration of a guest that this daemon holds, with its record."""
+        instance = self.host.instance(instance_id)
+        record = MigrationRecord(
+            migration_id,
+            instance_id,
+            phases.Role.SOURCE,
+            {"source": self.host.identity.uri, "destination": destination.uri},
+        )
+        self.records[migration_id] = record
+        return SourceMigration(
+            migration_id=migration_id,
+            instance_id=instance_id,
+            own=self.host.identity,
+            destination=destination,
+            guest=self.host.guest(instance_id),
+            spec=instance.document.spec,
+            properties=instance.document.properties(),
+            blobs=instance.document.blobs,
+            journal=self.host.journal,
+            door=self.door,
+            bulk_port=self.ports["bulk"],
+            record=record,
+            ask_destination=partial(self._ask_destination, destination),
+            options=options,
+            deadlines=self.deadlines,
+        )
+
+    async def _expire(self, migration_id: str, expires_at_s: int) -> None:
+        await trio.sleep(max(expires_at_s - time.time(), 0))
+        outgoing = self.host.journal.state.outgoing.get(migration_id)
+        if outgoing is not None and outgoing.stage is Outgoing.AWAITING_PEER:
+            with self.host.journal_failures():
+                await self.host.journal.commit(rules.EndAttempt(migration_id, "ticket_expired"))
+                self._close_record(
+                    migration_id, RequestError("no destination came before the ticket expired", code="ticket_expired")
+                )
+
+    def _close_record(self, migration_id: str, error: VmMigrateError) -> None:
+        self.sources.pop(migration_id, None)
+        record = self.records.get(migration_id)
+        if record is not None:
+            record.finish(outcome_of(error, None), error)
+            self.host.nursery.start_soon(self._save, record)
+
+    async def serve_source(self, stream: TlsStream, peer: Identity) -> None:
+        """One connection on the migration port: a destination that comes for its guest."""
+        with self.host.journal_failures():
+            async with open_channel(stream, phases.Role.SOURCE) as channel:
+                try:
+                    offer = await channel.expect(Offer, deadline_s=OFFER_DEADLINE_S)
+                    await self._consume_ticket(offer, peer)
+                except JournalError:
+                    raise
+                except VmMigrateError as error:
+                    log.info("migration.refused", peer=str(peer), code=error.code, text=error.text)
+                    await self._refuse(channel, error)
+                    return
+                await self._run_source(channel, offer)
+
+    async def _consume_ticket(self, offer: Offer, peer: Identity) -> None:
+        """Durably used before anything is answered. Raises: IdentityError."""
+        event = rules.ConsumeTicket(
+            offer.migration_id, offer.instance_id, ticket_hash(offer.ticket), peer.name, int(time.time())
+        )
+        await self.host.journal.commit(event)
+
+    async def _refuse(self, channel: Channel, error: VmMigrateError) -> None:
+        if channel.phase is phases.Phase.OFFERED:
+            with trio.move_on_after(CONNECT_DEADLINE_S):
+                await channel.send(Refuse(error.code, error.text, error.details))
+        else:
+            await channel.say_goodbye(error)
+
+    async def _run_source(self, channel: Channel, offer: Offer) -> None:
+        migration = self.sources[offer.migration_id]
+        self.channels[migration.migration_id] = channel
+        try:
+            await migrate_out(channel, offer, migration)
+        finally:
+            del self.channels[migration.migration_id]
+            self._let_go(migration)
+            if migration.record.outcome is not Outcome.UNKNOWN:
+                self.sources.pop(migration.migration_id, None)
+        if migration.record.outcome is Outcome.UNKNOWN:
+            self.host.nursery.start_soon(self.settle_source, migration)
+        else:
+            await self._save(migration.record)
+
+    def _let_go(self, migration: SourceMigration) -> None:
+        """Forget the guest once the journal says that it is not ours any more."""
+        known = self.host.journal.state.instances[migration.instance_id]
+        instance = self.host.instances.get(migration.instance_id)
+        if instance is not None and known.holding in {Holding.ELSEWHERE, Holding.LOST}:
+            instance.guest = None
+
+    async def settle_source(self, migration: SourceMigration) -> None:
+        """Ask until there is evidence; the record then tells the outcome."""
+        self.sources[migration.migration_id] = migration
+        with self.host.journal_failures():
+            try:
+                await settle(migration)
+            except HandoffInDoubt as doubt:
+                migration.record.finish(Outcome.UNKNOWN, doubt)
+                log.error("migration.indeterminate", migration=migration.migration_id, text=doubt.text)
+                return
+            self._let_go(migration)
+            self.sources.pop(migration.migration_id, None)
+            await self._save(migration.record)
+
+    async def _ask_destination(self, destination: Identity, url: str, migration_id: str) -> SettleAnswer:
+        async with open_client(url, self.host.config.tls_files(), destination) as client:
+            reply = await client.post(f"/v1/migrations/{migration_id}/side:settle")
+        return SettleAnswer(Answer(reply["answer"]), str(reply["journal_id"]))
+
+    # -- in: the destination ---------------------------------------------------------------------------------------
+
+    async def migrate_in(self, request: MigrateIn) -> dict[str, Any]:
+        """Reserve, and fetch the guest in the background; the record tells how it goes.
+
+        Raises: RequestError, OwnershipRefusal, UsageError, SpecError; nothing was reserved.
+        """
+        host = self.host
+        address = _source_address(request.source_address)
+        replacements = amend.parse_replacements(request.replacements)
+        source = Identity(host.identity.trust_domain, Role.HOST, request.source_host)
+        context = client_context(host.config.tls_files(), source)
+        await host.journal.commit(
+            rules.Reserve(r.Reserved(request.migration_id, request.instance_id, source.name, request.source_url))
+        )
+        record = MigrationRecord(
+            request.migration_id,
+            request.instance_id,
+            phases.Role.DESTINATION,
+            {"source": source.uri, "destination": host.identity.uri},
+            awaiting_peer=False,
+        )
+        self.records[request.migration_id] = record
+        migration = DestinationMigration(
+            migration_id=request.migration_id,
+            instance_id=request.instance_id,
+            own=host.identity,
+            source=source,
+            source_host=address[0],
+            ticket=request.ticket,
+            context=context,
+            journal=host.journal,
+            record=record,
+            build_guest=partial(host.build_arrival, request.migration_id, request.instance_id),
+            payloads={name: kind.readable for name, kind in registry.KINDS.items()},
+            facts={"hypervisor": host.hypervisor.capabilities.hypervisor},
+            api_url=self.api_url,
+            replacements=replacements,
+            allowances=amend.Allowances.of(
+                request.keep,
+                allow_same_generation=request.allow_same_generation,
+                allow_volume_change=request.allow_volume_change,
+            ),
+            features=frozenset(host.config.allow.features),
+            max_ram_bytes=host.config.limits.max_ram_bytes,
+            deadlines=self.deadlines,
+        )
+        host.nursery.start_soon(self._run_destination, migration, address)
+        return record.as_dict()
+
+    async def _run_destination(self, migration: DestinationMigration, address: tuple[str, int]) -> None:
+        with self.host.journal_failures():
+            try:
+                async with self._connected(migration, address) as channel:
+                    await migrate_in(channel, migration)
+            except JournalError:
+                raise
+            except VmMigrateError as error:
+                await self._fail_unconnected(migration, error)
+            self._settle_in(migration)
+            await self._save(migration.record)
+
+    @asynccontextmanager
+    async def _connected(self, migration: DestinationMigration, address: tuple[str, int]) -> Any:
+        stream, _ = await connect_tls(*address, self.host.config.tls_files(), migration.source, CONNECT_DEADLINE_S)
+        try:
+            async with open_channel(stream, phases.Role.DESTINATION) as channel:
+                self.channels[migration.migration_id] = channel
+                try:
+                    yield channel
+                finally:
+                    del self.channels[migration.migration_id]
+        finally:
+            with trio.CancelScope(shield=True):
+                await close_tls(stream)
+
+    async def _fail_unconnected(self, migration: DestinationMigration, error: VmMigrateError) -> None:
+        """The source could not be reached, or is not who it should be."""
+        await self.host.journal.commit(rules.Refuse(migration.migration_id, error.code))
+        migration.record.finish(outcome_of(error, None), error)
+        log.info("migration.ended", migration=migration.migration_id, code=error.code, text=error.text)
+
+    def _settle_in(self, migration: DestinationMigration) -> None:
+        """The guest is one of ours now, or nothing is left of it."""
+        instance = self.host.instances.get(migration.instance_id)
+        known = self.host.journal.state.instances.get(migration.instance_id)
+        if instance is None:
+            return
+        if known is not None and known.holding is Holding.HELD and known.last_migration == migration.migration_id:
+            assert migration.guest is not None
+            self.host.watch(instance, migration.guest)
+        elif known is None:
+            del self.host.instances[migration.instance_id]
+            self.host.documents.remove_instance(migration.instance_id)
+
+    async def settle_side(self, migration_id: str, asking: Identity) -> dict[str, Any]:
+        """Decide M for its source (or an orchestrator): what is answered is durable.
+
+        Raises: IdentityError `forbidden`, OwnershipRefusal `indeterminate`.
+        """
+        host = asking.name if asking.role is Role.HOST else None
+        decision = await self.host.journal.commit(
+            rules.Settle(migration_id, host, await self._arriving_guest_runs(migration_id))
+        )
+        if decision.records and migration_id in self.channels:
+            # The handoff may still come out of a socket buffer: it will find `refused`.
+            self.channels[migration_id].fail(OwnershipRefusal("the source asked and was refused", code="settled"))
+        assert decision.answer is not None
+        return {"migration_id": migration_id, "answer": decision.answer.value, "journal_id": self.host.journal.id}
+
+    async def _arriving_guest_runs(self, migration_id: str) -> bool:
+        incoming = self.host.journal.state.incoming.get(migration_id)
+        instance = self.host.instances.get(incoming.instance) if incoming else None
+        if incoming is None or instance is None or instance.guest is None:
+            return False
+        if incoming.stage is not Incoming.PREPARED:
+            return False
+        return (await instance.guest.status()).run_state is RunState.RUNNING
+
+    # -- cancel ----------------------------------------------------------------------------------------------------
+
+    async def cancel(self, migration_id: str, reason: str) -> dict[str, Any]:
+        """Stop a migration that can still be stopped.
+
+        Raises: RequestError `in_doubt` (409: given away, nobody can call it back), `migration_over`.
+        """
+        self.describe(migration_id)
+        state = self.host.journal.state
+        outgoing, incoming = state.outgoing.get(migration_id), state.incoming.get(migration_id)
+        if outgoing is not None and outgoing.stage is Outgoing.RELEASED:
+            raise RequestError(f"migration {migration_id} is in doubt: the guest was given away", code="in_doubt")
+        if incoming is not None and incoming.stage in {Incoming.ACQUIRED, Incoming.STARTED}:
+            raise RequestError(f"migration {migration_id}: this host has taken the guest over", code="verdict_given")
+        error = MigrationCancelled(reason)
+        channel = self.channels.get(migration_id)
+        if channel is not None:
+            channel.fail(error)
+        elif outgoing is not None and outgoing.stage is Outgoing.AWAITING_PEER:
+            await self.host.journal.commit(rules.EndAttempt(migration_id, error.code))
+            self._close_record(migration_id, error)
+        else:
+            raise RequestError(f"migration {migration_id} is over", code="migration_over")
+        return self.describe(migration_id)
+
+    async def _save(self, record: MigrationRecord) -> None:
+        with self.host.journal_failures():
+            await trio.to_thread.run_sync(self.host.documents.save_record, record.migration_id, record.as_dict())
+
+    def _advertised(self) -> str:
+        host = self.host.config.listen.advertise or self.host.config.listen.migration[0]
+        return f"[{host}]" if ":" in host else host
+
+
+def _options(request: MigrateOut) -> MigrationOptions:
+    return MigrationOptions(
+        downtime_ms=request.downtime_ms,
+        timeout_s=request.timeout_s,
+        streams=request.streams,
+        verify=request.verify,
+        max_rounds=request.max_rounds,
+        force=request.force,
+    )
+
+
+def _source_address(text: str) -> tuple[str, int]:
+    try:
+        return parse_address(text)
+    except ValueError as exc:
+        raise UsageError(f"source_address: {exc}", code="bad_request") from None

@@ -1,0 +1,144 @@
+"""The daemon as a process: open everything, recover, serve until told to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from vmmigrate.daemon.app import make_app
+from vmmigrate.daemon.config import Config
+from vmmigrate.daemon.documents import DocumentStore
+from vmmigrate.daemon.host import Host
+from vmmigrate.daemon.migrations import Migrations
+from vmmigrate.daemon.recovery import recover
+from vmmigrate.engine.journal import AsyncJournal, Journal
+from vmmigrate.errors import JournalError, UsageError
+from vmmigrate.hypervisor.base import Hypervisor
+from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
+from vmmigrate.net.door import BulkDoor
+from vmmigrate.net.https import serve_https
+from vmmigrate.net.identity import Call, Role
+from vmmigrate.net.threads import open_group
+from vmmigrate.net.tls import ServerCredentials, bound_port, load_identity, open_listeners, serve_tls
+
+log = structlog.get_logger(__name__)
+
+OnReady = Callable[[Mapping[str, Any]], None]
+
+
+async def run_until_signal(config: Config, on_ready: OnReady) -> None:
+    """As `run_daemon`, until SIGTERM or SIGINT."""
+    async with open_group() as nursery:
+        nursery.start_soon(_stop_on_signal, nursery)
+        await run_daemon(config, on_ready)
+
+
+async def run_daemon(config: Config, on_ready: OnReady, hypervisor: Hypervisor | None = None) -> None:
+    """Serve until cancelled. Guests outlive the daemon.
+
+    Args:
+        on_ready: Told the bound ports and URLs once everything is served.
+
+    Raises:
+        UsageError, IdentityError, JournalError, HypervisorError: it cannot start; nothing is left open.
+        JournalError: while it served: the journal is poisoned.
+    """
+    files = config.tls_files()
+    identity = load_identity(files)
+    if identity.role is not Role.HOST:
+        raise UsageError(
+            f"{files.certificate}: {identity} is no host; a daemon needs a host's certificate", code="wrong_role"
+        )
+    credentials = ServerCredentials(files)
+    journal, documents = await trio.to_thread.run_sync(_open_state, config.directories.state)
+    try:
+        async with open_group() as nursery:
+            host = Host(
+                config,
+                identity,
+                journal,
+                documents,
+                hypervisor or await EmbeddedHypervisor.open(config.directories.runtime),
+                nursery,
+            )
+            nursery.start_soon(_stop_on_failure, host)
+            try:
+                await _serve(host, credentials, nursery, on_ready)
+                await trio.sleep_forever()
+            finally:
+                _detach(host)
+    finally:
+        journal.close()
+
+
+def _open_state(state: Path) -> tuple[AsyncJournal, DocumentStore]:
+    try:
+        documents = DocumentStore(state)
+    except OSError as exc:
+        raise UsageError(f"{state}: {exc.strerror}", code="bad_state_directory") from None
+    return AsyncJournal(Journal(state / "journal.vmmj")), documents
+
+
+async def _serve(host: Host, credentials: ServerCredentials, nursery: trio.Nursery, on_ready: OnReady) -> None:
+    """Listen on all three ports; recover before anybody is served."""
+    listen = host.config.listen
+    migration_port = await open_listeners(*listen.migration)
+    bulk_port = await open_listeners(*listen.bulk)
+    door = BulkDoor(credentials.current)
+    ports = {"migration": bound_port(migration_port), "bulk": bound_port(bulk_port)}
+    migrations = Migrations(host, door, ports, "")
+    await recover(host, migrations)
+    api_port = await nursery.start(_serve_api, host, migrations, credentials)
+    advertised = listen.advertise or listen.api[0]
+    migrations.api_url = f"https://{f'[{advertised}]' if ':' in advertised else advertised}:{api_port}"
+    nursery.start_soon(door.serve, bulk_port)
+    nursery.start_soon(_serve_protocol, migration_port, credentials, migrations, nursery)
+    log.info("daemon.ready", host=host.identity.name, api=migrations.api_url, **ports)
+    on_ready({"host": host.identity.name, "api_url": migrations.api_url, "api_port": api_port, **ports})
+
+
+async def _serve_api(
+    host: Host, migrations: Migrations, credentials: ServerCredentials, task_status: trio.TaskStatus[int]
+) -> None:
+    await serve_https(make_app(host, migrations), *host.config.listen.api, credentials, task_status=task_status)
+
+
+async def _serve_protocol(
+    listeners: list[trio.SocketListener],
+    credentials: ServerCredentials,
+    migrations: Migrations,
+    nursery: trio.Nursery,
+) -> None:
+    await serve_tls(
+        listeners,
+        credentials.current,
+        migrations.serve_source,
+        call=Call.MIGRATION_PROTOCOL,
+        connection_nursery=nursery,
+    )
+
+
+async def _stop_on_signal(nursery: trio.Nursery) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for number in signals:
+            log.info("daemon.stopping", signal=signal.Signals(number).name)
+            nursery.cancel_scope.cancel()
+            return
+
+
+async def _stop_on_failure(host: Host) -> None:
+    await host.fatal.wait()
+    assert isinstance(host.failure, JournalError)
+    raise host.failure
+
+
+def _detach(host: Host) -> None:
+    """Let go of the guests; they go on without us."""
+    for instance in host.instances.values():
+        if instance.guest is not None:
+            instance.guest.detach()
