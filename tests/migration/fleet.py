@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.daemon.config import Config, read_config
 from vmmigrate.daemon.server import run_daemon
 from vmmigrate.errors import VmMigrateError
-from vmmigrate.hypervisor.base import Hypervisor
+from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp, Hypervisor
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
+from vmmigrate.hypervisor.embedded.witness import Verdict, check_single_owner, read_witnesses
 from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.threads import open_group
@@ -25,6 +26,26 @@ from vmmigrate.net.tls import TlsFiles
 
 TRUST_DOMAIN = "test.example"
 DEADLINE_S = 60.0
+
+
+class ObservedHypervisor(EmbeddedHypervisor):
+    """The embedded hypervisor, whose guests a test can look at."""
+
+    seen: dict[str, Guest]
+
+    async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
+        guest = await super().build(plan, stamp, for_migration=for_migration)
+        self._note(guest)
+        return guest
+
+    async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
+        guest = await super().adopt(stamp, plan, process)
+        if guest is not None:
+            self._note(guest)
+        return guest
+
+    def _note(self, guest: Guest) -> None:
+        self.__dict__.setdefault("seen", {})[guest.plan.instance_id] = guest
 
 
 @dataclass
@@ -38,13 +59,17 @@ class RunningHost:
     facts: Mapping[str, Any]
     scope: trio.CancelScope
     stopped: trio.Event
-    hypervisor: EmbeddedHypervisor
+    hypervisor: ObservedHypervisor
 
     async def instance(self, instance_id: str) -> dict[str, Any]:
         return dict(await self.client.get(f"/v1/instances/{instance_id}"))
 
     async def record(self, migration_id: str) -> dict[str, Any]:
         return dict(await self.client.get(f"/v1/migrations/{migration_id}"))
+
+    def guest(self, instance_id: str) -> Guest:
+        """The adapter's view of a guest that runs here."""
+        return self.hypervisor.seen[instance_id]
 
     async def stop(self) -> None:
         self.scope.cancel()
@@ -67,17 +92,16 @@ class Fleet:
         *,
         allow: str = "",
         limits: str = "",
-        wrap: Callable[[EmbeddedHypervisor], Hypervisor] = lambda hypervisor: hypervisor,
         **options: Any,
     ) -> RunningHost:
         """Start (or restart) the daemon of host *name*."""
         directory = self.root / name
         config = read_config(_write_config(self.root, directory, name, allow, limits))
-        hypervisor = await EmbeddedHypervisor.open(
+        hypervisor = await ObservedHypervisor.open(
             config.directories.runtime, witness_dir=self.root / "witness", **options
         )
         scope, stopped = trio.CancelScope(), trio.Event()
-        facts: Mapping[str, Any] = await self.nursery.start(_run, config, wrap(hypervisor), scope, stopped)
+        facts: Mapping[str, Any] = await self.nursery.start(_run, config, hypervisor, scope, stopped)
         client = await self.stack.enter_async_context(open_client(facts["api_url"], self.operator))
         host = RunningHost(name, config, facts["api_url"], client, facts, scope, stopped, hypervisor)
         self.hosts[name] = host
@@ -208,3 +232,32 @@ async def migrate(source: RunningHost, destination: RunningHost, instance_id: st
 async def check(host: RunningHost, instance_id: str) -> dict[str, Any]:
     """The guest's own verdict on its memory and its heartbeat."""
     return dict(await host.client.post(f"/v1/instances/{instance_id}:check"))
+
+
+def witnesses(fleet: Fleet, instance_id: str) -> Verdict:
+    """What the guest processes themselves say about who ran when."""
+    return check_single_owner(read_witnesses(fleet.root / "witness", instance_id))
+
+
+async def wait_heartbeats(host: RunningHost, instance_id: str, more: int = 50) -> None:
+    """Let the guest live for *more* of its milliseconds."""
+    with trio.fail_after(DEADLINE_S):
+        first = (await host.guest(instance_id).status()).heartbeats
+        while (await host.guest(instance_id).status()).heartbeats < first + more:
+            await trio.sleep(0.005)
+
+
+async def wait_filled(host: RunningHost, instance_id: str, pages: int) -> None:
+    """Until a stress program has written *pages* pages of its working set."""
+    with trio.fail_after(DEADLINE_S):
+        while (await host.guest(instance_id).status()).program["filled_pages"] < pages:
+            await trio.sleep(0.005)
+
+
+def stress(working_set_mib: int = 16, rate_pages_per_s: int = 2000, **parameters: Any) -> dict[str, Any]:
+    return {
+        "name": "stress",
+        "working_set_mib": working_set_mib,
+        "rate_pages_per_s": rate_pages_per_s,
+        **parameters,
+    }
