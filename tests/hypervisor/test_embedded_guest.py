@@ -471,6 +471,16 @@ async def test_the_injector_fails_the_first_export_and_import_and_leaves_the_gue
     assert (await destination.self_check()).consistent
 
 
+async def test_devices_that_cannot_migrate_are_all_named_before_anything_moves(hosts: Hosts) -> None:
+    guest = await hosts.build(plan_of(unmigratable=("vsock (virtio_socket)", "p9fs")))
+
+    error = await expect_error("not_migratable", guest.list_payloads())
+
+    assert error.details["devices"] == ["vsock (virtio_socket)", "p9fs"]
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, 5)
+
+
 async def test_nothing_is_imported_by_a_guest_that_was_not_built_for_it(hosts: Hosts) -> None:
     guest = await _running(hosts)
     await guest.pause()

@@ -52,8 +52,9 @@ class DocumentStore:
     def __init__(self, state: Path, fsync: Callable[[int], None] = os.fsync) -> None:
         self._fsync = fsync
         self._instances = state / "instances"
+        self._arrivals = state / "arrivals"
         self._migrations = state / "migrations"
-        for directory in (state, self._instances, self._migrations):
+        for directory in (state, self._instances, self._arrivals, self._migrations):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def save_instance(self, kept: InstanceDocument) -> None:
@@ -61,32 +62,30 @@ class DocumentStore:
 
         Raises: JournalError `document_io`.
         """
-        plain = {
-            "format": 1,
-            "id": kept.instance_id,
-            "name": kept.name,
-            "description": kept.description,
-            "spec_version": chain.LATEST,
-            "spec": document.serialise(kept.spec),
-            "overrides": dict(kept.overrides),
-            "program": dict(kept.program),
-            "blobs": {name: blob.hex() for name, blob in kept.blobs.items()},
-        }
-        self._write(self._instances / f"{kept.instance_id}.json", plain)
+        self._write(self._instances / f"{kept.instance_id}.json", _plain_document(kept))
+
+    def save_arrival(self, migration_id: str, kept: InstanceDocument) -> None:
+        """As `save_instance`, for a guest that is not ours yet: a document of an earlier stay is not touched."""
+        self._write(self._arrivals / f"{migration_id}.json", _plain_document(kept))
+
+    def load_arrival(self, migration_id: str) -> InstanceDocument | None:
+        path = self._arrivals / f"{migration_id}.json"
+        return _document(_read(path)) if path.exists() else None
+
+    def promote_arrival(self, migration_id: str, instance_id: str) -> None:
+        """The guest is ours: its document becomes the instance's. Idempotent."""
+        arrival = self._arrivals / f"{migration_id}.json"
+        if arrival.exists():
+            os.replace(arrival, self._instances / f"{instance_id}.json")
+            sync_directory(self._instances, self._fsync)
+
+    def remove_arrival(self, migration_id: str) -> None:
+        (self._arrivals / f"{migration_id}.json").unlink(missing_ok=True)
 
     def load_instances(self) -> Iterator[InstanceDocument]:
         """All instance documents. Raises: JournalError `document_damaged`, SpecError."""
         for path in sorted(self._instances.glob("*.json")):
-            plain = _read(path)
-            yield InstanceDocument(
-                instance_id=plain["id"],
-                spec=chain.up(document.parse(plain["spec_version"], plain["spec"])),
-                name=plain["name"],
-                description=plain["description"],
-                overrides=plain["overrides"],
-                program=plain["program"],
-                blobs={name: bytes.fromhex(blob) for name, blob in plain["blobs"].items()},
-            )
+            yield _document(_read(path))
 
     def remove_instance(self, instance_id: str) -> None:
         (self._instances / f"{instance_id}.json").unlink(missing_ok=True)
@@ -110,6 +109,32 @@ class DocumentStore:
             sync_directory(path.parent, self._fsync)
         except OSError as exc:
             raise JournalError(f"{path}: {exc.strerror}", code="document_io") from exc
+
+
+def _plain_document(kept: InstanceDocument) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "id": kept.instance_id,
+        "name": kept.name,
+        "description": kept.description,
+        "spec_version": chain.LATEST,
+        "spec": document.serialise(kept.spec),
+        "overrides": dict(kept.overrides),
+        "program": dict(kept.program),
+        "blobs": {name: blob.hex() for name, blob in kept.blobs.items()},
+    }
+
+
+def _document(plain: Mapping[str, Any]) -> InstanceDocument:
+    return InstanceDocument(
+        instance_id=plain["id"],
+        spec=chain.up(document.parse(plain["spec_version"], plain["spec"])),
+        name=plain["name"],
+        description=plain["description"],
+        overrides=plain["overrides"],
+        program=plain["program"],
+        blobs={name: bytes.fromhex(blob) for name, blob in plain["blobs"].items()},
+    )
 
 
 def _private(path: str, flags: int) -> int:

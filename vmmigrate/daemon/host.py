@@ -49,6 +49,7 @@ class Host:
     Attributes:
         identity: Who this host is: from its certificate.
         instances: By id; also those that live elsewhere by now.
+        arrivals: By migration id: guests under construction, which are not ours yet.
         nursery: Owns the watch over every guest, and every migration.
         fatal: Set when the journal is poisoned: the daemon must exit, its restart reads the journal anew.
     """
@@ -61,6 +62,7 @@ class Host:
         documents: DocumentStore,
         hypervisor: Hypervisor,
         nursery: trio.Nursery,
+        instances: dict[str, Instance],
     ) -> None:
         self.config = config
         self.identity = identity
@@ -68,7 +70,8 @@ class Host:
         self.documents = documents
         self.hypervisor = hypervisor
         self.nursery = nursery
-        self.instances: dict[str, Instance] = {}
+        self.instances = instances
+        self.arrivals: dict[str, Instance] = {}
         self.failure: JournalError | None = None
         self.fatal = trio.Event()
 
@@ -310,13 +313,26 @@ class Host:
             )
         guest = await self._spawn(document, plan, arrival.epoch, migration_id)
         try:
-            await trio.to_thread.run_sync(self.documents.save_instance, document)
+            await trio.to_thread.run_sync(self.documents.save_arrival, migration_id, document)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await guest.destroy()
             raise
-        self.instances[instance_id] = Instance(document)
+        self.arrivals[migration_id] = Instance(document, guest)
         return guest
+
+    def finish_arrival(self, migration_id: str, instance_id: str) -> None:
+        """The migration ended: its guest is one of ours now, or nothing is left of it."""
+        arrival = self.arrivals.pop(migration_id, None)
+        known = self.journal.state.instances.get(instance_id)
+        ours = known is not None and known.holding is Holding.HELD and known.last_migration == migration_id
+        if arrival is None or not ours:
+            self.documents.remove_arrival(migration_id)
+            return
+        self.documents.promote_arrival(migration_id, instance_id)
+        self.instances[instance_id] = arrival
+        assert arrival.guest is not None
+        self.watch(arrival, arrival.guest)
 
     def host_facts(self) -> dict[str, Any]:
         """Who this host is and what it can do."""

@@ -311,7 +311,8 @@ class Migrations:
                 raise
             except VmMigrateError as error:
                 await self._fail_unconnected(migration, error)
-            self._settle_in(migration)
+            finally:
+                self.host.finish_arrival(migration.migration_id, migration.instance_id)
             await self._save(migration.record)
 
     @asynccontextmanager
@@ -334,19 +335,6 @@ class Migrations:
         migration.record.finish(outcome_of(error, None), error)
         log.info("migration.ended", migration=migration.migration_id, code=error.code, text=error.text)
 
-    def _settle_in(self, migration: DestinationMigration) -> None:
-        """The guest is one of ours now, or nothing is left of it."""
-        instance = self.host.instances.get(migration.instance_id)
-        known = self.host.journal.state.instances.get(migration.instance_id)
-        if instance is None:
-            return
-        if known is not None and known.holding is Holding.HELD and known.last_migration == migration.migration_id:
-            assert migration.guest is not None
-            self.host.watch(instance, migration.guest)
-        elif known is None:
-            del self.host.instances[migration.instance_id]
-            self.host.documents.remove_instance(migration.instance_id)
-
     async def settle_side(self, migration_id: str, asking: Identity) -> dict[str, Any]:
         """Decide M for its source (or an orchestrator): what is answered is durable.
 
@@ -364,12 +352,10 @@ class Migrations:
 
     async def _arriving_guest_runs(self, migration_id: str) -> bool:
         incoming = self.host.journal.state.incoming.get(migration_id)
-        instance = self.host.instances.get(incoming.instance) if incoming else None
-        if incoming is None or instance is None or instance.guest is None:
+        arrival = self.host.arrivals.get(migration_id)
+        if incoming is None or incoming.stage is not Incoming.PREPARED or arrival is None or arrival.guest is None:
             return False
-        if incoming.stage is not Incoming.PREPARED:
-            return False
-        return (await instance.guest.status()).run_state is RunState.RUNNING
+        return (await arrival.guest.status()).run_state is RunState.RUNNING
 
     # -- cancel ----------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,7 @@ async def recover(host: Host, migrations: Migrations) -> None:
 
     Raises: JournalError, SpecError: documents are damaged; nothing was decided.
     """
-    for document in host.documents.load_instances():
-        host.instances[document.instance_id] = Instance(document)
+    _load_documents(host)
     for record in host.documents.load_records():
         migrations.past[record["migration_id"]] = record
     await _end_leftovers(host)
@@ -40,11 +39,25 @@ async def recover(host: Host, migrations: Migrations) -> None:
         await recovery.take(step)
 
 
+def _load_documents(host: Host) -> None:
+    """What the journal's instances are; documents of arrivals that ended are removed, of acquired ones promoted."""
+    state = host.journal.state
+    for migration, incoming in state.incoming.items():
+        if incoming.stage in {Incoming.ACQUIRED, Incoming.STARTED}:
+            host.documents.promote_arrival(migration, incoming.instance)
+        elif incoming.stage not in {Incoming.RESERVED, Incoming.PREPARED}:
+            host.documents.remove_arrival(migration)
+    for document in host.documents.load_instances():
+        if document.instance_id in state.instances:
+            host.instances[document.instance_id] = Instance(document)
+        else:
+            host.documents.remove_instance(document.instance_id)
+
+
 async def _end_leftovers(host: Host) -> None:
     """End processes that nobody owns any more; the last daemon may have died just before it did."""
     for spawned in host.journal.state.leftovers:
-        process = GuestProcess(spawned.pid, spawned.start_ticks, Path(spawned.socket))
-        if await host.hypervisor.end_leftover(process):
+        if await host.hypervisor.end_leftover(_process(spawned)):
             log.info("recovery.leftover_ended", instance=spawned.instance, pid=spawned.pid)
 
 
@@ -64,17 +77,25 @@ async def _find_guests(host: Host) -> dict[str, Guest]:
 
 
 async def _adopt(host: Host, spawned: Spawned) -> Guest | None:
-    instance = host.instances.get(spawned.instance)
-    if instance is None:
+    if spawned.migration is not None:
+        document = host.documents.load_arrival(spawned.migration)
+    else:
+        instance = host.instances.get(spawned.instance)
+        document = instance.document if instance else None
+    if document is None:
         log.error("recovery.no_document", instance=spawned.instance)
+        await host.hypervisor.end_leftover(_process(spawned))
         return None
     stamp = GuestStamp(spawned.instance, host.identity.name, Epoch(0, 0), spawned.migration)
-    process = GuestProcess(spawned.pid, spawned.start_ticks, Path(spawned.socket))
     try:
-        return await host.hypervisor.adopt(stamp, host.plan(instance.document), process)
+        return await host.hypervisor.adopt(stamp, host.plan(document), _process(spawned))
     except HypervisorError as exc:
         log.error("recovery.not_adopted", instance=spawned.instance, code=exc.code, text=exc.text)
         return None
+
+
+def _process(spawned: Spawned) -> GuestProcess:
+    return GuestProcess(spawned.pid, spawned.start_ticks, Path(spawned.socket))
 
 
 async def _look_at(guest: Guest) -> SeenGuest:
@@ -191,9 +212,7 @@ class _Recovery:
         guest = self._guests.get(step.instance)
         if guest is not None:
             await guest.destroy()
-        if step.instance not in self._host.journal.state.instances:
-            self._host.instances.pop(step.instance, None)
-            self._host.documents.remove_instance(step.instance)
+        self._host.documents.remove_arrival(step.migration)
 
     async def _destroy(self, step: RecoveryStep) -> None:
         await self._guests[step.instance].destroy()

@@ -13,7 +13,7 @@ import trio
 from vmmigrate.daemon.app import make_app
 from vmmigrate.daemon.config import Config
 from vmmigrate.daemon.documents import DocumentStore
-from vmmigrate.daemon.host import Host
+from vmmigrate.daemon.host import Host, Instance
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.daemon.recovery import recover
 from vmmigrate.engine.journal import AsyncJournal, Journal
@@ -56,23 +56,17 @@ async def run_daemon(config: Config, on_ready: OnReady, hypervisor: Hypervisor |
         )
     credentials = ServerCredentials(files)
     journal, documents = await trio.to_thread.run_sync(_open_state, config.directories.state)
+    instances: dict[str, Instance] = {}
     try:
+        hypervisor = hypervisor or await EmbeddedHypervisor.open(config.directories.runtime)
         async with open_group() as nursery:
-            host = Host(
-                config,
-                identity,
-                journal,
-                documents,
-                hypervisor or await EmbeddedHypervisor.open(config.directories.runtime),
-                nursery,
-            )
+            host = Host(config, identity, journal, documents, hypervisor, nursery, instances)
             nursery.start_soon(_stop_on_failure, host)
-            try:
-                await _serve(host, credentials, nursery, on_ready)
-                await trio.sleep_forever()
-            finally:
-                _detach(host)
+            await _serve(host, credentials, nursery, on_ready)
+            await trio.sleep_forever()
     finally:
+        # Only now: migrations that were under way have been undone, and needed their guests for it.
+        _detach(instances)
         journal.close()
 
 
@@ -137,8 +131,8 @@ async def _stop_on_failure(host: Host) -> None:
     raise host.failure
 
 
-def _detach(host: Host) -> None:
+def _detach(instances: Mapping[str, Instance]) -> None:
     """Let go of the guests; they go on without us."""
-    for instance in host.instances.values():
+    for instance in instances.values():
         if instance.guest is not None:
             instance.guest.detach()

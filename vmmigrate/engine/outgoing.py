@@ -153,11 +153,15 @@ async def undo(channel: Channel, migration: SourceMigration, error: VmMigrateErr
 
 
 async def _guest_is_gone(migration: SourceMigration, exc: Exception) -> None:
-    """The guest cannot be resumed: say so clearly."""
-    lost = HypervisorError(f"the guest could not be resumed at the source: {exc}", code="guest_lost")
-    await migration.journal.commit(rules.Lose(migration.instance_id, str(exc)))
-    migration.record.finish(Outcome.GUEST_LOST, lost)
-    log.error("migration.guest_lost", migration=migration.migration_id, instance=migration.instance_id, why=str(exc))
+    """The guest could not be resumed: it is lost, or it does not answer; say which."""
+    text = f"the guest could not be resumed at the source: {exc}"
+    log.error("migration.not_resumed", migration=migration.migration_id, instance=migration.instance_id, why=str(exc))
+    if isinstance(exc, HypervisorError) and exc.code == "guest_lost":
+        await migration.journal.commit(rules.Lose(migration.instance_id, exc.text))
+        migration.record.finish(Outcome.GUEST_LOST, HypervisorError(text, code="guest_lost"))
+        return
+    # The journal still says `pausing`: the next start of the daemon undoes the pause.
+    migration.record.finish(Outcome.FAILED, HypervisorError(text, code="not_resumed"))
 
 
 # --------------------------------------------------------------------------- in doubt

@@ -57,24 +57,33 @@ class EmbeddedHypervisor:
 
     @classmethod
     async def open(
-        cls, runtime_dir: Path, *, dirty_tracking: TrackingChoice = "auto", **options: Any
+        cls,
+        runtime_dir: Path,
+        *,
+        dirty_tracking: TrackingChoice = "auto",
+        witness_dir: Path | None = None,
+        **options: Any,
     ) -> EmbeddedHypervisor:
         """Prepare *runtime_dir* and probe this host.
 
         Args:
             dirty_tracking: "auto" takes the kernel's when it works.
-            options: As for the constructor. With `witness_dir` witnesses are written there and outlive their guests.
+            witness_dir: Witnesses are written there and outlive their guests; by default they lie in *runtime_dir*
+                and go with them.
+            options: `wrap_tracker`, `request_deadline_s`, `start_deadline_s`.
 
         Raises:
             HypervisorError: `runtime_dir`; `dirty_tracking`: "kernel" was asked for and does not work here.
         """
         await trio.to_thread.run_sync(spawn.prepare_runtime_dir, runtime_dir)
+        if witness_dir is not None:
+            await trio.Path(witness_dir).mkdir(parents=True, exist_ok=True)
         reason = "asked for"
         if dirty_tracking != "software":
             reason = await trio.to_thread.run_sync(probe_kernel_tracking)
         if dirty_tracking == "kernel" and reason:
             raise HypervisorError(f"kernel dirty tracking does not work here: {reason}", code="dirty_tracking")
-        return cls(runtime_dir, _capabilities(reason), **options)
+        return cls(runtime_dir, _capabilities(reason), witness_dir=witness_dir, **options)
 
     async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
         if plan.instance_id != stamp.instance_id:

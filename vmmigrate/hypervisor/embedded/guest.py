@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import gc
 import os
 import select
@@ -308,9 +309,8 @@ class Loop:
             if (reply := _next_reply(pieces)) is None:
                 continue
             self._check = None
-            connection = self._connection
-            if connection is not None:
-                self._guarded(lambda: connection.send({"id": request_id, **reply}))
+            if self._connection is not None:
+                self._guarded(functools.partial(self._connection.send, {"id": request_id, **reply}))
             if self._waiting_checks:
                 self._start_check(self._waiting_checks.pop(0))
             return

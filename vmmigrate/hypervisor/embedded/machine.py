@@ -247,7 +247,12 @@ class Machine:
         }
 
     def list_payloads(self) -> list[tuple[str, str, tuple[int, ...], bool]]:
-        """(device, kind, writable versions, optional) of all that `export_devices` gives."""
+        """(device, kind, writable versions, optional) of all that `export_devices` gives.
+
+        Raises:
+            HypervisorError: `not_migratable`, naming every device that cannot move.
+        """
+        self._check_migratable()
         return [
             (device.instance_name, kind, registry.KINDS[kind].writable, False)
             for device in self._expected()
@@ -256,6 +261,7 @@ class Machine:
 
     def export_devices(self, versions: Mapping[str, int]) -> list[DevicePayload]:
         """Each kind in the version of *versions*, its newest when it is not named."""
+        self._check_migratable()
         self._check_paused("devices")
         exported = [(device.name, kind, state) for device in self._devices for kind, state in device.export().items()]
         everything = [(VCPU_NAME, "embedded-vcpu", self._vcpu()), *exported]
@@ -316,6 +322,12 @@ class Machine:
         self._program.progress = Progress(vcpu.filled_pages, vcpu.steps, vcpu.disk_steps)
         self._heartbeat.restore(vcpu.heartbeats, vcpu.last_beat_ns, vcpu.gap_bins, vcpu.noted_gaps)
         self._moves = vcpu.moves + 1
+
+    def _check_migratable(self) -> None:
+        if self.plan.unmigratable:
+            named = ", ".join(self.plan.unmigratable)
+            details = {"devices": list(self.plan.unmigratable)}
+            raise HypervisorError(f"devices that cannot migrate: {named}", code="not_migratable", details=details)
 
     def _check_paused(self, what: str) -> None:
         if self.running:

@@ -28,6 +28,7 @@ def plan_to_map(plan: GuestPlan) -> dict[str, Any]:
         "nics": [asdict(nic) for nic in plan.nics],
         "injector": None if plan.injector is None else asdict(plan.injector),
         "program": dict(plan.program),
+        "unmigratable": list(plan.unmigratable),
     }
 
 
@@ -41,6 +42,7 @@ def plan_from_map(tree: dict[str, Any]) -> GuestPlan:
         nics=tuple(NicPlan(**nic) for nic in tree["nics"]),
         injector=None if tree["injector"] is None else InjectorPlan(**tree["injector"]),
         program=tree["program"],
+        unmigratable=tuple(tree["unmigratable"]),
     )
 
 

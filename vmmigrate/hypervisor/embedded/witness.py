@@ -76,12 +76,15 @@ class Witness:
     """The writing side, in the guest process."""
 
     def __init__(self, path: Path, host_id: str, instance_id: str) -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, _FILE_BYTES)  # a full disk shows now, not as SIGBUS while the guest runs
-            self._mapping = mmap.mmap(fd, _FILE_BYTES)
-        finally:
-            os.close(fd)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, _FILE_BYTES)  # a full disk shows now, not as SIGBUS while the guest runs
+                self._mapping = mmap.mmap(fd, _FILE_BYTES)
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            raise HypervisorError(f"witness {path}: {exc.strerror}", code="witness_invalid") from exc
         names = msgpack.packb([host_id, instance_id])
         self._mapping[: 10 + len(names)] = _MAGIC + len(names).to_bytes(2, "little") + names
         self._records = memoryview(self._mapping)[_HEADER_BYTES:].cast("Q")
