@@ -85,9 +85,10 @@ async def test_dirty_marks_of_a_failed_attempt_are_put_back(tmp_path: Path) -> N
 
 
 async def test_a_page_that_dirty_tracking_missed_makes_verification_fail(tmp_path: Path) -> None:
-    """One page's mark is lost behind the tracker's back; the whole-RAM digest finds it, and the source goes on.
+    """One page's mark is lost behind the tracker's back; a digest finds it, and the source goes on.
 
-    Page 0 holds the heartbeat, so it is surely written between the first round and the pause.
+    Page 0 holds the heartbeat, so it is surely written between the first round and the pause. Either digest may find
+    it: that of the pages as sent (when the guest wrote while the page was being sent), or that of all RAM at the end.
     """
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha = await fleet.start("alpha", wrap_tracker=lambda tracker: ForgetfulTracker(tracker, [0]))
@@ -98,7 +99,6 @@ async def test_a_page_that_dirty_tracking_missed_makes_verification_fail(tmp_pat
         record = await migrate(alpha, beta, instance, verify="full")
 
         assert (record["outcome"], record["error"]["code"]) == ("failed", "digest_mismatch"), record
-        assert record["digest"]["source"] != record["digest"]["destination"]
         assert (await alpha.instance(instance))["state"] == "running"
         await wait_heartbeats(alpha, instance)
         assert (await check(alpha, instance))["consistent"]
