@@ -92,12 +92,13 @@ class Fleet:
         *,
         allow: str = "",
         limits: str = "",
+        hypervisor_class: type[ObservedHypervisor] = ObservedHypervisor,
         **options: Any,
     ) -> RunningHost:
         """Start (or restart) the daemon of host *name*."""
         directory = self.root / name
         config = read_config(_write_config(self.root, directory, name, allow, limits))
-        hypervisor = await ObservedHypervisor.open(
+        hypervisor = await hypervisor_class.open(
             config.directories.runtime, witness_dir=self.root / "witness", **options
         )
         scope, stopped = trio.CancelScope(), trio.Event()
@@ -174,7 +175,7 @@ async def open_fleet(root: Path, *names: str) -> AsyncIterator[Fleet]:
         try:
             yield fleet
         finally:
-            with trio.CancelScope(shield=True), trio.move_on_after(30), contextlib.suppress(VmMigrateError):
+            with trio.CancelScope(shield=True), trio.move_on_after(10), contextlib.suppress(VmMigrateError):
                 await fleet.end_guests()
             nursery.cancel_scope.cancel()
 
@@ -203,7 +204,8 @@ async def create(
 
 async def begin(source: RunningHost, destination: RunningHost, instance_id: str, **request: Any) -> str:
     """Start a migration; its id."""
-    arrival = {name: request.pop(name) for name in ("replacements", "keep") if name in request}
+    ours = ("replacements", "keep", "source_address")
+    arrival = {name: request.pop(name) for name in ours if name in request}
     ticket = await source.client.post(
         f"/v1/instances/{instance_id}:migrate-out", {"destination_host": destination.name, **request}
     )

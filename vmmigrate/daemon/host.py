@@ -242,12 +242,10 @@ class Host:
         instance = self.instance(instance_id)
         async with instance.lock:
             known = self.journal.state.instances[instance_id]
+            self._check_free(instance_id)
             if instance.guest is not None:
-                self._check_not_migrating(instance_id)
                 await instance.guest.run(known.epoch)
                 return
-            # The rules refuse what this host does not own before a process exists.
-            rules.decide(self.journal.state, rules.Stop(instance_id))
             plan = self.check(instance.document, 0)
             guest = await self._spawn(instance.document, plan, known.epoch, None)
             try:
@@ -273,7 +271,7 @@ class Host:
         """Pause the guest as an operator. Raises: RequestError `migrating`, `not_running`."""
         instance = self.instance(instance_id)
         async with instance.lock:
-            self._check_not_migrating(instance_id)
+            self._check_free(instance_id)
             await self.guest(instance_id).pause()
 
     async def delete(self, instance_id: str) -> None:
@@ -291,10 +289,9 @@ class Host:
         if guest is not None:
             await guest.destroy()
 
-    def _check_not_migrating(self, instance_id: str) -> None:
-        migration = self.journal.state.open_outgoing(instance_id)
-        if migration is not None:
-            raise RequestError(f"instance {instance_id} is migrating as {migration}", code="migrating")
+    def _check_free(self, instance_id: str) -> None:
+        """The rules for stopping are those for every change by an operator: ours, not in doubt, not migrating."""
+        rules.decide(self.journal.state, rules.Stop(instance_id))
 
     # -- arrivals --------------------------------------------------------------------------------------------------
 

@@ -70,7 +70,8 @@ class Migrations:
         self.past: dict[str, dict[str, Any]] = {}
         self.sources: dict[str, SourceMigration] = {}
         self.channels: dict[str, Channel] = {}
-        self.deadlines = Deadlines(handoff_window_s=host.config.limits.handoff_window_s)
+        limits = host.config.limits
+        self.deadlines = Deadlines(handoff_window_s=limits.handoff_window_s, verdict_s=limits.verdict_s)
 
     # -- what is known ---------------------------------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ class Migrations:
     async def _ask_destination(self, destination: Identity, url: str, migration_id: str) -> SettleAnswer:
         async with open_client(url, self.host.config.tls_files(), destination) as client:
             reply = await client.post(f"/v1/migrations/{migration_id}/side:settle")
-        return SettleAnswer(Answer(reply["answer"]), str(reply["journal_id"]))
+        return SettleAnswer(Answer(reply["answer"]), str(reply["journal_id"]), reply.get("code"))
 
     # -- in: the destination ---------------------------------------------------------------------------------------
 
@@ -348,7 +349,13 @@ class Migrations:
             # The handoff may still come out of a socket buffer: it will find `refused`.
             self.channels[migration_id].fail(OwnershipRefusal("the source asked and was refused", code="settled"))
         assert decision.answer is not None
-        return {"migration_id": migration_id, "answer": decision.answer.value, "journal_id": self.host.journal.id}
+        incoming = self.host.journal.state.incoming.get(migration_id)
+        return {
+            "migration_id": migration_id,
+            "answer": decision.answer.value,
+            "journal_id": self.host.journal.id,
+            "code": incoming.code if incoming else None,
+        }
 
     async def _arriving_guest_runs(self, migration_id: str) -> bool:
         incoming = self.host.journal.state.incoming.get(migration_id)

@@ -424,7 +424,7 @@ async def finish_start(migration: DestinationMigration, run_state: RunState) -> 
     assert guest is not None
     epoch = migration.journal.state.instances[migration.instance_id].epoch
     try:
-        await guest.open_backends(epoch)
+        await _open_in_time(guest, epoch, migration.deadlines.start_s)
         await migration.journal.commit(rules.Start(migration.migration_id))
     except (HypervisorError, OwnershipRefusal) as error:
         await _return_guest(migration, error)
@@ -437,6 +437,14 @@ async def finish_start(migration: DestinationMigration, run_state: RunState) -> 
         await migration.journal.commit(rules.Lose(migration.instance_id, error.text))
         migration.record.finish(Outcome.GUEST_LOST, error)
     return True
+
+
+async def _open_in_time(guest: Guest, epoch: Epoch, start_s: float) -> None:
+    try:
+        with trio.fail_after(start_s):
+            await guest.open_backends(epoch)
+    except trio.TooSlowError:
+        raise HypervisorError(f"disks and NICs did not open within {start_s:g} s", code="start_deadline") from None
 
 
 async def _return_guest(migration: DestinationMigration, error: VmMigrateError) -> None:

@@ -33,7 +33,8 @@ class Deadlines:
 
     Order that must hold: a peer that works says heartbeats, so `answer_s` is for steps that need no work,
     `build_s` and `import_s` for those that do; `handoff_window_s` at the destination must exceed what the source needs
-    to journal `released` (its fsync), or a handoff comes too late and is refused.
+    to journal `released` (its fsync), or a handoff comes too late and is refused. Within `start_s` of `acquired` the
+    destination has opened everything, or returns the guest.
     """
 
     answer_s: float = 15.0
@@ -42,6 +43,7 @@ class Deadlines:
     import_s: float = 300.0
     handoff_window_s: float = 30.0
     verdict_s: float = 30.0
+    start_s: float = 30.0
     undo_s: float = 30.0
     settle_first_s: float = 0.2
     settle_most_s: float = 15.0

@@ -32,17 +32,17 @@ from vmmigrate.net.identity import Identity
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
 from vmmigrate.spec.latest import InstanceSpec
-from vmmigrate.wire import messages as m
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class SettleAnswer:
-    """What the destination answered to `side:settle`."""
+    """What the destination answered to `side:settle`, and the code of its refusal, if it is one."""
 
     answer: Answer
     journal_id: str
+    code: str | None = None
 
 
 AskDestination = Callable[[str, str], Awaitable[SettleAnswer]]  # (its API URL, migration id)
@@ -84,9 +84,12 @@ async def conclude(
     migration: SourceMigration,
     answer: Answer,
     journal_id: str,
-    verdict: m.Running | m.Refused | m.Returned | None = None,
+    reason: VmMigrateError | None = None,
 ) -> None:
     """Act on what the destination durably decided: free the guest, or take it back. `pending` changes nothing.
+
+    Args:
+        reason: Why it refused or returned, if it said so.
 
     Raises:
         HandoffInDoubt: `indeterminate`: the answer comes from another journal than the one that said Ready.
@@ -102,10 +105,8 @@ async def conclude(
         migration.record.finish(Outcome.MOVED)
         log.info("migration.moved", migration=migration.migration_id, instance=migration.instance_id)
         return
-    code, text = f"destination_{answer.value}", f"the destination answered {answer.value}"
-    if isinstance(verdict, m.Refused | m.Returned):
-        code, text = verdict.code, verdict.text
-    await _take_back(migration, VmMigrateError(text, code=code))
+    unknown = VmMigrateError(f"the destination answered {answer.value}", code=f"destination_{answer.value}")
+    await _take_back(migration, reason or unknown)
 
 
 async def _take_back(migration: SourceMigration, error: VmMigrateError) -> None:
@@ -184,7 +185,14 @@ async def settle(migration: SourceMigration) -> None:
         else:
             log.info("settle.answered", migration=migration.migration_id, answer=reply.answer.value)
             with trio.CancelScope(shield=True):
-                await conclude(migration, reply.answer, reply.journal_id)
+                await conclude(migration, reply.answer, reply.journal_id, _reason(reply))
         if migration.record.outcome in {None, Outcome.UNKNOWN}:
             await trio.sleep(pause_s)
             pause_s = min(pause_s * 2, migration.deadlines.settle_most_s)
+
+
+def _reason(reply: SettleAnswer) -> VmMigrateError | None:
+    """The destination's own code, so that both records say the same."""
+    if reply.code is None:
+        return None
+    return VmMigrateError(f"the destination answered {reply.answer.value}: {reply.code}", code=reply.code)

@@ -308,7 +308,7 @@ async def _hand_off(channel: Channel, migration: SourceMigration) -> None:
         except VmMigrateError as exc:
             raise HandoffInDoubt(f"no clear answer to the handoff: {exc.text}", details={"cause": exc.code}) from exc
         _note_start(migration.record, answer)
-        await conclude(migration, _ANSWER_OF[type(answer)], answer.journal_id, answer)
+        await conclude(migration, _ANSWER_OF[type(answer)], answer.journal_id, _reason_of(answer))
 
 
 def _note_start(record: MigrationRecord, answer: m.Running | m.Refused | m.Returned) -> None:
@@ -319,6 +319,10 @@ def _note_start(record: MigrationRecord, answer: m.Running | m.Refused | m.Retur
         resume = min(answer.resume_s, spent)
         record.laps.parts["destination_start"] = resume
         record.laps.parts["handoff_and_start"] = spent - resume
+
+
+def _reason_of(answer: m.Running | m.Refused | m.Returned) -> VmMigrateError | None:
+    return None if isinstance(answer, m.Running) else VmMigrateError(answer.text, code=answer.code)
 
 
 _ANSWER_OF: Mapping[type, Answer] = {

@@ -20,7 +20,7 @@ class Step(StrEnum):
 
     PAUSE = "pause"  # the guest runs and must not
     KEEP = "keep"  # adopt; leave it running or paused as it is
-    UNDO_PAUSE = "undo_pause"  # a migration paused it and never released it: journal `resumed`, run if desired
+    UNDO_PAUSE = "undo_pause"  # a migration paused it and never released it: run if desired, *then* journal `resumed`
     END_ATTEMPT = "end_attempt"  # the attempt died with the daemon before anything was paused
     SETTLE = "settle"  # released and in doubt: keep paused, ask the destination
     FINISH_START = "finish_start"  # acquired: open and `started`, or `returned`
