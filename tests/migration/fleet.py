@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
@@ -74,6 +74,15 @@ class RunningHost:
     async def stop(self) -> None:
         self.scope.cancel()
         await self.stopped.wait()
+
+
+class Host(Protocol):
+    """What the steps of a test need of a host, in this process or in one of its own."""
+
+    name: str
+    client: HostClient
+
+    async def record(self, migration_id: str) -> dict[str, Any]: ...
 
 
 @dataclass
@@ -192,9 +201,7 @@ def spec_v3(**components: Any) -> dict[str, Any]:
     }
 
 
-async def create(
-    host: RunningHost, spec: Mapping[str, Any] | None = None, *, spec_version: str = "v3", **request: Any
-) -> str:
+async def create(host: Host, spec: Mapping[str, Any] | None = None, *, spec_version: str = "v3", **request: Any) -> str:
     """Create and start an instance; its id."""
     instance_id = str(uuid.uuid4())
     body = {"id": instance_id, "spec_version": spec_version, "spec": spec or spec_v3(), "start": True, **request}
@@ -202,7 +209,7 @@ async def create(
     return instance_id
 
 
-async def begin(source: RunningHost, destination: RunningHost, instance_id: str, **request: Any) -> str:
+async def begin(source: Host, destination: Host, instance_id: str, **request: Any) -> str:
     """Start a migration; its id."""
     ours = ("replacements", "keep", "source_address")
     arrival = {name: request.pop(name) for name in ours if name in request}
@@ -214,7 +221,7 @@ async def begin(source: RunningHost, destination: RunningHost, instance_id: str,
     return str(ticket["migration_id"])
 
 
-async def wait_outcome(host: RunningHost, migration_id: str) -> dict[str, Any]:
+async def wait_outcome(host: Host, migration_id: str) -> dict[str, Any]:
     """The record of a migration once it has an outcome that is not `unknown`."""
     with trio.fail_after(DEADLINE_S):
         while True:
@@ -224,14 +231,14 @@ async def wait_outcome(host: RunningHost, migration_id: str) -> dict[str, Any]:
             await trio.sleep(0.02)
 
 
-async def migrate(source: RunningHost, destination: RunningHost, instance_id: str, **request: Any) -> dict[str, Any]:
+async def migrate(source: Host, destination: Host, instance_id: str, **request: Any) -> dict[str, Any]:
     """Migrate and wait; the source's record."""
     migration_id = await begin(source, destination, instance_id, **request)
     await wait_outcome(destination, migration_id)
     return await wait_outcome(source, migration_id)
 
 
-async def check(host: RunningHost, instance_id: str) -> dict[str, Any]:
+async def check(host: Host, instance_id: str) -> dict[str, Any]:
     """The guest's own verdict on its memory and its heartbeat."""
     return dict(await host.client.post(f"/v1/instances/{instance_id}:check"))
 
