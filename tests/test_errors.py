@@ -35,6 +35,8 @@ FROZEN_CODES = {
     "HypervisorError": "hypervisor",
     "IdentityError": "identity",
     "TransportError": "transport",
+    "ConvergenceError": "will_not_converge",
+    "StorageError": "storage",
     "JournalError": "journal",
     "PeerError": "peer",
     "MigrationCancelled": "cancelled",

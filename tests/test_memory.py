@@ -380,3 +380,9 @@ def test_layouts_are_equal_by_their_regions() -> None:
     assert hash(RamLayout.for_size(MIB)) == hash(RamLayout([Region(0, MIB)]))
     assert RamLayout.for_size(MIB) != RamLayout.for_size(2 * MIB)
     assert RamLayout.for_size(MIB) != "a layout"
+
+
+def test_a_run_knows_where_it_lies_in_the_ram_file() -> None:
+    run = PageRun(3, 2)
+
+    assert (run.end_page, run.offset_bytes, run.size_bytes) == (5, 3 * PAGE_SIZE, 2 * PAGE_SIZE)

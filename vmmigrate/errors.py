@@ -20,6 +20,8 @@ Errors group by what the *caller* can do about them:
     +-- IdentityError             a certificate, a role, a ticket
     +-- TransportError            the link: cut, timed out, refused
     +-- JournalError              the ownership journal; nothing may be acted upon
+    +-- StorageError              a file beside the journal; what was asked for was not done
+    +-- ConvergenceError          the guest writes faster than it can be moved, or the time is up
     +-- PeerError                 the other daemon reported its own error; `code` is its code
     +-- MigrationCancelled        somebody asked for it
     +-- HandoffInDoubt            the guest was given away and no answer came
@@ -125,6 +127,14 @@ class TransportError(VmMigrateError):
 
 class JournalError(VmMigrateError):
     default_code = "journal"
+
+
+class ConvergenceError(VmMigrateError):
+    default_code = "will_not_converge"
+
+
+class StorageError(VmMigrateError):
+    default_code = "storage"
 
 
 class PeerError(VmMigrateError):

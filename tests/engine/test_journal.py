@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from vmmigrate.engine.journal import MAX_RECORD_BYTES, AsyncJournal, Journal, _encode, read_records, sync_directory
+from vmmigrate.engine.journal import (
+    MAGIC,
+    MAX_RECORD_BYTES,
+    AsyncJournal,
+    Journal,
+    _encode,
+    _frame,
+    read_records,
+    sync_directory,
+)
 from vmmigrate.errors import JournalError, RequestError
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
@@ -296,6 +308,39 @@ def test_a_history_that_the_rules_cannot_have_written_is_refused(path: Path) -> 
 
     assert refusal(lambda: Journal(path)).code == "illegal_record"
     assert path.read_bytes() == forged
+
+
+@pytest.mark.parametrize(
+    ("header", "code"),
+    [
+        ({"format": 2, "id": "x"}, "journal_format"),
+        ({"format": 1}, "journal_format"),
+        ({"format": 1, "id": 7}, "journal_format"),
+        ([1, "x"], "journal_corrupt"),
+    ],
+)
+def test_a_header_of_another_release_is_refused_and_the_file_kept(path: Path, header: Any, code: str) -> None:
+    path.write_bytes(MAGIC + _frame(header, 0))
+    before = path.read_bytes()
+
+    assert refusal(lambda: Journal(path)).code == code
+    assert path.read_bytes() == before
+
+
+def test_a_record_that_this_release_does_not_know_is_refused_never_skipped(path: Path) -> None:
+    raw, _ = written(path)
+    path.write_bytes(raw + _frame({"record": "divorced", "instance": "vm1"}, 5))
+
+    assert refusal(lambda: Journal(path)).code == "unknown_record"
+
+
+def test_a_body_that_is_not_msgpack_is_damage_although_its_checksum_holds() -> None:
+    body = b"\xc1"
+    prefix = struct.pack("!IQI", len(body), 0, zlib.crc32(body))
+
+    forged = MAGIC + prefix + zlib.crc32(prefix).to_bytes(4, "big") + body
+
+    assert refusal(lambda: read_records(forged, "j")).code == "journal_corrupt"
 
 
 # --------------------------------------------------------------------------- poison

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import trio
 
+from tests.migration.processes import end_guests
 from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.daemon.config import Config, read_config
 from vmmigrate.daemon.server import run_daemon
@@ -184,6 +185,7 @@ async def open_fleet(root: Path, *names: str) -> AsyncIterator[Fleet]:
         try:
             yield fleet
         finally:
+            stack.callback(end_guests, root)
             with trio.CancelScope(shield=True), trio.move_on_after(10), contextlib.suppress(VmMigrateError):
                 await fleet.end_guests()
             nursery.cancel_scope.cancel()

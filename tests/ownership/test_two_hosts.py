@@ -406,7 +406,7 @@ class TwoHostsWithLostJournals(TwoHosts):
         self.recover(host, start=True)
 
 
-STEPS = settings(max_examples=120, stateful_step_count=50)
+STEPS = settings(max_examples=100, stateful_step_count=50)
 TestTwoHosts = TwoHosts.TestCase
 TestTwoHosts.settings = STEPS
 TestTwoHostsWithLostJournals = TwoHostsWithLostJournals.TestCase

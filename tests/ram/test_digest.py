@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmmigrate.ram.digest import WORDS_PER_PAGE, PageHash, condense
+from vmmigrate.ram.digest import WORDS_PER_PAGE, PageHash, RamDigest, condense
 from vmmigrate.ram.encoding import nonzero
 
 HASH = PageHash(b"secret of one migration")
@@ -116,3 +117,42 @@ def test_a_page_is_zero_only_when_every_bit_of_it_is() -> None:
     pages[1, 0], pages[2, -1], pages[3, 255] = 1, 1, TOP_BIT
 
     assert nonzero(pages).tolist() == [False, True, True, True]
+
+
+def ram_digest(ram: Words, *cuts: int) -> bytes:
+    """The digest of *ram*, taken in pieces; pieces of zeros are skipped as holes are."""
+    digest = RamDigest(len(ram))
+    for begin, end in itertools.pairwise([0, *cuts, len(ram)]):
+        if ram[begin:end].any():
+            digest.update(begin, ram[begin:end])
+    return digest.digest()
+
+
+@given(st.lists(st.sampled_from([0, 0, 1, 2]), min_size=1, max_size=20), st.data())
+def test_the_digest_of_ram_does_not_depend_on_pieces_or_on_what_is_a_hole(
+    seeds: list[int], draw: st.DataObject
+) -> None:
+    ram = np.concatenate([page_of(seed) if seed else np.zeros_like(PAGE) for seed in seeds])
+    cuts = sorted(draw.draw(st.lists(st.integers(0, len(ram)), max_size=4)))
+    whole = RamDigest(len(ram))
+    whole.update(0, ram)
+
+    assert ram_digest(ram, *cuts) == whole.digest()
+
+
+def test_the_digest_of_ram_that_is_all_zero_is_that_of_a_hole() -> None:
+    untouched, zeroed = RamDigest(3), RamDigest(3)
+    zeroed.update(0, np.zeros((2, WORDS_PER_PAGE), dtype=np.uint64))
+    zeroed.update(2, np.empty((0, WORDS_PER_PAGE), dtype=np.uint64))
+
+    assert zeroed.digest() == untouched.digest()
+
+
+def test_the_digest_of_ram_sees_a_moved_page_and_a_changed_bit() -> None:
+    """A page that landed one place off has the same content in the same order; only the bitmap tells."""
+    ram = np.concatenate([PAGE, np.zeros_like(PAGE), page_of(2)])
+    moved = np.concatenate([np.zeros_like(PAGE), PAGE, page_of(2)])
+    changed = ram.copy()
+    changed[2, 511] ^= TOP_BIT
+
+    assert len({ram_digest(ram), ram_digest(moved), ram_digest(changed), ram_digest(np.zeros_like(ram))}) == 4

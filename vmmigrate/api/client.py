@@ -92,6 +92,8 @@ def _foreign_errors(doing: str) -> Iterator[None]:
     try:
         with map_tls_errors(doing, first_answer=True):
             yield
+    except httpx2.InvalidURL as exc:
+        raise UsageError(f"{doing}: not an address ({exc})", code="bad_url") from exc
     except httpx2.TimeoutException as exc:
         raise TransportError(f"{doing}: no answer within {REQUEST_DEADLINE_S:g} s", code="timed_out") from exc
     except httpx2.HTTPError as exc:

@@ -5,7 +5,7 @@ Errors are one JSON object, {"error": {code, message, details}}, with a status t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import structlog
@@ -70,8 +70,9 @@ def make_app(host: Host, migrations: Migrations) -> FastAPI:
     return app
 
 
-def _reply_with_error(host: Host) -> Callable[[Request, Any], JSONResponse]:
-    def reply(request: Request, exc: VmMigrateError) -> JSONResponse:
+def _reply_with_error(host: Host) -> Callable[[Request, Any], Awaitable[JSONResponse]]:
+    # Async on purpose: a plain function would run in a thread, and `fatal` belongs to the loop.
+    async def reply(request: Request, exc: VmMigrateError) -> JSONResponse:
         if isinstance(exc, JournalError):
             host.failure = exc
             host.fatal.set()
@@ -96,7 +97,7 @@ def _add_instances(app: FastAPI, host: Host) -> None:
 
     @app.get("/v1/instances", dependencies=[allowed(Call.INSTANCE_READ)])
     async def list_instances() -> list[dict[str, Any]]:
-        return [await host.describe(instance_id) for instance_id in sorted(host.instances)]
+        return await host.list()
 
     @app.get("/v1/instances/{instance_id}", dependencies=[allowed(Call.INSTANCE_READ)])
     async def show_instance(instance_id: str) -> dict[str, Any]:

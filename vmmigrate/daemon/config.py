@@ -20,9 +20,17 @@ def address(value: Any) -> tuple[str, int]:
     """`HOST:PORT`; IPv6 hosts in brackets; port 0 lets the kernel choose."""
     if isinstance(value, str):
         host, colon, port = value.rpartition(":")
-        if colon and host and port.isdecimal() and int(port) <= 65_535:
+        if colon and _is_host(host) and port.isascii() and port.isdecimal() and int(port) <= 65_535:
             return host.removeprefix("[").removesuffix("]"), int(port)
     raise ValueError(f"{value!r} is no address, needed is 'HOST:PORT'")
+
+
+def _is_host(text: str) -> bool:
+    """Whether a resolver can be asked for *text* at all."""
+    try:
+        return bool(text) and bool(text.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def _path(value: Any) -> Path:

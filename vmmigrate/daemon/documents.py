@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vmmigrate.engine.journal import sync_directory
-from vmmigrate.errors import JournalError
+from vmmigrate.errors import StorageError
 from vmmigrate.memory import RamLayout
 from vmmigrate.spec import chain, document
 from vmmigrate.spec.latest import InstanceSpec
@@ -60,7 +61,7 @@ class DocumentStore:
     def save_instance(self, kept: InstanceDocument) -> None:
         """Durable when this returns. Blocking.
 
-        Raises: JournalError `document_io`.
+        Raises: StorageError `document_io`.
         """
         self._write(self._instances / f"{kept.instance_id}.json", _plain_document(kept))
 
@@ -76,14 +77,17 @@ class DocumentStore:
         """The guest is ours: its document becomes the instance's. Idempotent."""
         arrival = self._arrivals / f"{migration_id}.json"
         if arrival.exists():
-            os.replace(arrival, self._instances / f"{instance_id}.json")
-            sync_directory(self._instances, self._fsync)
+            try:
+                os.replace(arrival, self._instances / f"{instance_id}.json")
+                sync_directory(self._instances, self._fsync)
+            except OSError as exc:
+                raise StorageError(f"{arrival}: {exc.strerror}", code="document_io") from exc
 
     def remove_arrival(self, migration_id: str) -> None:
         (self._arrivals / f"{migration_id}.json").unlink(missing_ok=True)
 
     def load_instances(self) -> Iterator[InstanceDocument]:
-        """All instance documents. Raises: JournalError `document_damaged`, SpecError."""
+        """All instance documents. Raises: StorageError `document_damaged`, SpecError."""
         for path in sorted(self._instances.glob("*.json")):
             yield _document(_read(path))
 
@@ -99,7 +103,7 @@ class DocumentStore:
             yield _read(path)
 
     def _write(self, path: Path, plain: Mapping[str, Any]) -> None:
-        fresh = path.with_suffix(".new")
+        fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
         try:
             with open(fresh, "w", encoding="utf-8", opener=_private) as file:
                 json.dump(plain, file)
@@ -108,7 +112,7 @@ class DocumentStore:
             os.replace(fresh, path)
             sync_directory(path.parent, self._fsync)
         except OSError as exc:
-            raise JournalError(f"{path}: {exc.strerror}", code="document_io") from exc
+            raise StorageError(f"{path}: {exc.strerror}", code="document_io") from exc
 
 
 def _plain_document(kept: InstanceDocument) -> dict[str, Any]:
@@ -145,7 +149,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
-        raise JournalError(f"{path}: {exc}", code="document_damaged") from exc
+        raise StorageError(f"{path}: {exc}", code="document_damaged") from exc
     if not isinstance(plain, dict):
-        raise JournalError(f"{path}: not an object", code="document_damaged")
+        raise StorageError(f"{path}: not an object", code="document_damaged")
     return plain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from vmmigrate.net.identity import Identity
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import Epoch
-from vmmigrate.ownership.state import Holding
+from vmmigrate.ownership.state import Holding, Incoming
 from vmmigrate.spec import build, chain
 from vmmigrate.spec.creatable import check_creatable
 from vmmigrate.spec.latest import InstanceSpec
@@ -36,10 +37,14 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class Instance:
-    """One instance on this host: what it is, and its guest while there is one."""
+    """One instance on this host: what it is, and its guest while there is one.
+
+    `indeterminate` says why nothing may be decided about it: an operator has to look.
+    """
 
     document: InstanceDocument
     guest: Guest | None = None
+    indeterminate: str = ""
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -72,6 +77,7 @@ class Host:
         self.nursery = nursery
         self.instances = instances
         self.arrivals: dict[str, Instance] = {}
+        self._creating = trio.Lock()
         self.failure: JournalError | None = None
         self.fatal = trio.Event()
 
@@ -106,6 +112,9 @@ class Host:
 
     async def _state(self, instance: Instance, holding: Holding, shown: dict[str, Any]) -> str:
         guest = instance.guest
+        if instance.indeterminate:
+            shown["reason"] = instance.indeterminate
+            return "indeterminate"
         if guest is not None:
             try:
                 status = await guest.status()
@@ -127,6 +136,14 @@ class Host:
             return "stopped"
         migrating = self.journal.state.open_outgoing(instance.document.instance_id) is not None
         return "migrating" if migrating else str(shown["guest"]["run_state"])
+
+    async def list(self) -> list[dict[str, Any]]:
+        """All instances; one that is deleted meanwhile is left out."""
+        shown = []
+        for instance_id in sorted(self.instances):
+            with contextlib.suppress(RequestError):
+                shown.append(await self.describe(instance_id))
+        return shown
 
     def guest(self, instance_id: str) -> Guest:
         """Raises: RequestError `unknown_instance`, `not_running`."""
@@ -156,6 +173,9 @@ class Host:
         """
         check_creatable(build.build(document.spec, frozenset(self.config.allow.features)))
         plan = self.plan(document)
+        problems = self.hypervisor.problems(plan)
+        if problems:
+            raise SpecBuildError("; ".join(problems), code="program_invalid")
         check_admissible(plan, self.config.allow, needed_bytes)
         if plan.layout.size_bytes > self.config.limits.max_ram_bytes:
             raise SpecBuildError(
@@ -177,8 +197,10 @@ class Host:
                     )
                 )
             )
+            await guest.note_record(self.journal.newest_record)
         except BaseException:
-            await guest.destroy()
+            with trio.CancelScope(shield=True):
+                await guest.destroy()
             raise
         return guest
 
@@ -188,16 +210,18 @@ class Host:
         self.nursery.start_soon(self._watch, instance, guest)
 
     async def _watch(self, instance: Instance, guest: Guest) -> None:
-        await guest.wait_exit()
         instance_id = instance.document.instance_id
         known = self.journal.state.instances.get(instance_id)
-        if instance.guest is not guest or known is None or known.holding not in {Holding.HELD, Holding.RELEASED}:
+        spawned = known.guest if known else None
+        await guest.wait_exit()
+        if instance.guest is not guest or spawned is None:
             return  # ended on purpose, or given away
-        log.error("guest.lost", instance=instance_id, pid=guest.process.pid)
         with self.journal_failures():
-            await self.journal.commit(rules.Lose(instance_id, "the guest process ended by itself"))
-        instance.guest = None
-        await guest.destroy()
+            decision = await self.journal.commit(rules.Lose(instance_id, "the guest process ended by itself", spawned))
+            if decision.records:
+                log.error("guest.lost", instance=instance_id, pid=guest.process.pid)
+                instance.guest = None
+                await guest.destroy()
 
     def journal_failures(self) -> JournalFailures:
         """A block whose journal errors end the daemon, and go no further."""
@@ -220,11 +244,12 @@ class Host:
             blobs=_decode_blobs(request.blobs),
         )
         self.check(document, 0)
-        # Decided before it is written, so that a refusal leaves the document of the existing instance alone.
-        rules.decide(self.journal.state, rules.Create(request.id))
-        await trio.to_thread.run_sync(self.documents.save_instance, document)
-        await self.journal.commit(rules.Create(request.id))
-        self.instances[request.id] = Instance(document)
+        async with self._creating:
+            # Decided before it is written, so that a refusal leaves the document of the existing instance alone.
+            rules.decide(self.journal.state, rules.Create(request.id))
+            await trio.to_thread.run_sync(self.documents.save_instance, document)
+            await self.journal.commit(rules.Create(request.id))
+            self.instances[request.id] = Instance(document)
         log.info("instance.created", instance=request.id)
         if request.start:
             try:
@@ -253,8 +278,10 @@ class Host:
                 await guest.run(known.epoch)
             except BaseException:
                 with trio.CancelScope(shield=True):
-                    await self.journal.commit(rules.Stop(instance_id))
-                    await guest.destroy()
+                    try:
+                        await self.journal.commit(rules.Stop(instance_id))
+                    finally:
+                        await guest.destroy()
                 raise
             self.watch(instance, guest)
             log.info("instance.started", instance=instance_id, pid=guest.process.pid)
@@ -263,6 +290,7 @@ class Host:
         """End the guest. Idempotent. Raises: RequestError `migrating`, OwnershipRefusal."""
         instance = self.instance(instance_id)
         async with instance.lock:
+            self._check_free(instance_id)
             await self.journal.commit(rules.Stop(instance_id))
             await self._end_guest(instance)
             log.info("instance.stopped", instance=instance_id)
@@ -291,6 +319,9 @@ class Host:
 
     def _check_free(self, instance_id: str) -> None:
         """The rules for stopping are those for every change by an operator: ours, not in doubt, not migrating."""
+        instance = self.instance(instance_id)
+        if instance.indeterminate:
+            raise RequestError(f"instance {instance_id}: {instance.indeterminate}", code="indeterminate")
         rules.decide(self.journal.state, rules.Stop(instance_id))
 
     # -- arrivals --------------------------------------------------------------------------------------------------
@@ -318,18 +349,24 @@ class Host:
         self.arrivals[migration_id] = Instance(document, guest)
         return guest
 
-    def finish_arrival(self, migration_id: str, instance_id: str) -> None:
-        """The migration ended: its guest is one of ours now, or nothing is left of it."""
+    async def finish_arrival(self, migration_id: str, instance_id: str) -> None:
+        """The migration ended: its guest is one of ours now, or nothing is left of it.
+
+        An arrival whose fate is not durable is left alone: the next start of the daemon finds out.
+        """
         arrival = self.arrivals.pop(migration_id, None)
-        known = self.journal.state.instances.get(instance_id)
-        ours = known is not None and known.holding is Holding.HELD and known.last_migration == migration_id
-        if arrival is None or not ours:
-            self.documents.remove_arrival(migration_id)
+        incoming = self.journal.state.incoming.get(migration_id)
+        if arrival is None or incoming is None:
             return
-        self.documents.promote_arrival(migration_id, instance_id)
-        self.instances[instance_id] = arrival
-        assert arrival.guest is not None
-        self.watch(arrival, arrival.guest)
+        if incoming.stage in {Incoming.ABANDONED, Incoming.REFUSED, Incoming.RETURNED}:
+            await trio.to_thread.run_sync(self.documents.remove_arrival, migration_id)
+        elif incoming.stage is Incoming.STARTED:
+            await trio.to_thread.run_sync(self.documents.promote_arrival, migration_id, instance_id)
+            self.instances[instance_id] = arrival
+            known = self.journal.state.instances[instance_id]
+            guest, arrival.guest = arrival.guest, None
+            if guest is not None and known.holding is Holding.HELD:
+                self.watch(arrival, guest)
 
     def host_facts(self) -> dict[str, Any]:
         """Who this host is and what it can do."""
@@ -385,7 +422,7 @@ def _arriving_document(
                 "program": json.loads(properties.get("program", "{}")),
             }
         )
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise SpecBuildError("the source's properties are malformed", code="bad_properties") from exc
     return InstanceDocument(
         instance_id=instance_id,

@@ -27,12 +27,15 @@ from vmmigrate.errors import (
     HandoffInDoubt,
     JournalError,
     MigrationCancelled,
+    PeerError,
     RequestError,
+    StorageError,
+    TransportError,
     UsageError,
     VmMigrateError,
 )
-from vmmigrate.hypervisor.base import RunState
-from vmmigrate.net.channel import Channel, open_channel
+from vmmigrate.hypervisor.base import Guest, RunState
+from vmmigrate.net.channel import Channel, open_channel, refusal_of
 from vmmigrate.net.door import BulkDoor
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.secrets import ticket_hash
@@ -43,13 +46,14 @@ from vmmigrate.ownership.rules import Answer, OwnershipRefusal
 from vmmigrate.ownership.state import Holding, Incoming, Outgoing
 from vmmigrate.spec import amend
 from vmmigrate.wire import phases
-from vmmigrate.wire.messages import Offer, Refuse
+from vmmigrate.wire.messages import Offer
 
 log = structlog.get_logger(__name__)
 
 CONNECT_DEADLINE_S = 10.0
 OFFER_DEADLINE_S = 10.0
 TICKET_BYTES = 32
+SETTLE_DEADLINE_S = 15.0
 
 
 class Migrations:
@@ -59,6 +63,7 @@ class Migrations:
         records: By migration id, as JSON-ready maps for those that ended before this daemon started.
         sources: Outgoing migrations whose guest this daemon holds.
         channels: The control channel of each migration that is under way.
+        cancelled: Migrations that an operator has called off, and why.
     """
 
     def __init__(self, host: Host, door: BulkDoor, ports: Mapping[str, int], api_url: str) -> None:
@@ -70,6 +75,7 @@ class Migrations:
         self.past: dict[str, dict[str, Any]] = {}
         self.sources: dict[str, SourceMigration] = {}
         self.channels: dict[str, Channel] = {}
+        self.cancelled: dict[str, MigrationCancelled] = {}
         limits = host.config.limits
         self.deadlines = Deadlines(handoff_window_s=limits.handoff_window_s, verdict_s=limits.verdict_s)
 
@@ -114,16 +120,18 @@ class Migrations:
         await guest.list_payloads()
         migration_id, ticket = request.migration_id or str(uuid.uuid4()), secrets.token_hex(TICKET_BYTES)
         expires_at_s = int(time.time()) + host.config.limits.ticket_s
-        superseded = host.journal.state.open_outgoing(instance_id)
-        await host.journal.commit(
+        destination = Identity(host.identity.trust_domain, Role.HOST, request.destination_host)
+        migration = self.make_source(migration_id, instance_id, destination, guest, _options(request))
+        decision = await host.journal.commit(
             rules.IssueTicket(
                 r.TicketIssued(migration_id, instance_id, request.destination_host, ticket_hash(ticket), expires_at_s)
             )
         )
-        if superseded is not None:
-            self._close_record(superseded, RequestError("a newer migration took its place", code="superseded"))
-        destination = Identity(host.identity.trust_domain, Role.HOST, request.destination_host)
-        self.sources[migration_id] = self.make_source(migration_id, instance_id, destination, _options(request))
+        for record in decision.records:
+            if isinstance(record, r.Ended):
+                newer = RequestError("a newer migration took its place", code="superseded")
+                self._close_record(record.migration, newer)
+        self.sources[migration_id], self.records[migration_id] = migration, migration.record
         host.nursery.start_soon(self._expire, migration_id, expires_at_s)
         log.info("migration.awaits_peer", migration=migration_id, instance=instance_id, to=destination.name)
         return {
@@ -137,9 +145,14 @@ class Migrations:
         }
 
     def make_source(
-        self, migration_id: str, instance_id: str, destination: Identity, options: MigrationOptions
+        self,
+        migration_id: str,
+        instance_id: str,
+        destination: Identity,
+        guest: Guest | None,
+        options: MigrationOptions,
     ) -> SourceMigration:
-        """An outgoing migration of a guest that this daemon holds, with its record."""
+        """An outgoing migration, with its record; nothing knows of it yet."""
         instance = self.host.instance(instance_id)
         record = MigrationRecord(
             migration_id,
@@ -147,13 +160,12 @@ class Migrations:
             phases.Role.SOURCE,
             {"source": self.host.identity.uri, "destination": destination.uri},
         )
-        self.records[migration_id] = record
         return SourceMigration(
             migration_id=migration_id,
             instance_id=instance_id,
             own=self.host.identity,
             destination=destination,
-            guest=self.host.guest(instance_id),
+            guest=guest,
             spec=instance.document.spec,
             properties=instance.document.properties(),
             blobs=instance.document.blobs,
@@ -168,13 +180,17 @@ class Migrations:
 
     async def _expire(self, migration_id: str, expires_at_s: int) -> None:
         await trio.sleep(max(expires_at_s - time.time(), 0))
-        outgoing = self.host.journal.state.outgoing.get(migration_id)
-        if outgoing is not None and outgoing.stage is Outgoing.AWAITING_PEER:
-            with self.host.journal_failures():
-                await self.host.journal.commit(rules.EndAttempt(migration_id, "ticket_expired"))
-                self._close_record(
-                    migration_id, RequestError("no destination came before the ticket expired", code="ticket_expired")
-                )
+        with self.host.journal_failures():
+            error = RequestError("no destination came before the ticket expired", code="ticket_expired")
+            await self._end_awaiting(migration_id, error)
+
+    async def _end_awaiting(self, migration_id: str, error: VmMigrateError) -> bool:
+        """End a migration whose peer has not come. False: it has come meanwhile, or is over."""
+        awaiting = frozenset({Outgoing.AWAITING_PEER})
+        decision = await self.host.journal.commit(rules.EndAttempt(migration_id, error.code, awaiting))
+        if decision.records:
+            self._close_record(migration_id, error)
+        return bool(decision.records)
 
     def _close_record(self, migration_id: str, error: VmMigrateError) -> None:
         self.sources.pop(migration_id, None)
@@ -208,13 +224,13 @@ class Migrations:
     async def _refuse(self, channel: Channel, error: VmMigrateError) -> None:
         if channel.phase is phases.Phase.OFFERED:
             with trio.move_on_after(CONNECT_DEADLINE_S):
-                await channel.send(Refuse(error.code, error.text, error.details))
+                await channel.send(refusal_of(error))
         else:
             await channel.say_goodbye(error)
 
     async def _run_source(self, channel: Channel, offer: Offer) -> None:
         migration = self.sources[offer.migration_id]
-        self.channels[migration.migration_id] = channel
+        self._enter(migration.migration_id, channel)
         try:
             await migrate_out(channel, offer, migration)
         finally:
@@ -226,6 +242,12 @@ class Migrations:
             self.host.nursery.start_soon(self.settle_source, migration)
         else:
             await self._save(migration.record)
+
+    def _enter(self, migration_id: str, channel: Channel) -> None:
+        """The channel of a migration is open; one that was cancelled on the way here ends at once."""
+        self.channels[migration_id] = channel
+        if migration_id in self.cancelled:
+            channel.fail(self.cancelled[migration_id])
 
     def _let_go(self, migration: SourceMigration) -> None:
         """Forget the guest once the journal says that it is not ours any more."""
@@ -249,9 +271,17 @@ class Migrations:
             await self._save(migration.record)
 
     async def _ask_destination(self, destination: Identity, url: str, migration_id: str) -> SettleAnswer:
-        async with open_client(url, self.host.config.tls_files(), destination) as client:
-            reply = await client.post(f"/v1/migrations/{migration_id}/side:settle")
-        return SettleAnswer(Answer(reply["answer"]), str(reply["journal_id"]), reply.get("code"))
+        """Raises: VmMigrateError: anything but a well formed answer in time; none of it is evidence."""
+        try:
+            with trio.fail_after(SETTLE_DEADLINE_S):
+                async with open_client(url, self.host.config.tls_files(), destination) as client:
+                    reply = await client.post(f"/v1/migrations/{migration_id}/side:settle")
+            code = reply.get("code")
+            return SettleAnswer(Answer(reply["answer"]), str(reply["journal_id"]), None if code is None else str(code))
+        except trio.TooSlowError:
+            raise TransportError(f"{url}: no answer within {SETTLE_DEADLINE_S:g} s", code="timed_out") from None
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise PeerError(f"{url}: not an answer to settle", code="bad_reply") from None
 
     # -- in: the destination ---------------------------------------------------------------------------------------
 
@@ -312,8 +342,7 @@ class Migrations:
                 raise
             except VmMigrateError as error:
                 await self._fail_unconnected(migration, error)
-            finally:
-                self.host.finish_arrival(migration.migration_id, migration.instance_id)
+            await self.host.finish_arrival(migration.migration_id, migration.instance_id)
             await self._save(migration.record)
 
     @asynccontextmanager
@@ -321,7 +350,7 @@ class Migrations:
         stream, _ = await connect_tls(*address, self.host.config.tls_files(), migration.source, CONNECT_DEADLINE_S)
         try:
             async with open_channel(stream, phases.Role.DESTINATION) as channel:
-                self.channels[migration.migration_id] = channel
+                self._enter(migration.migration_id, channel)
                 try:
                     yield channel
                 finally:
@@ -379,19 +408,24 @@ class Migrations:
         if incoming is not None and incoming.stage in {Incoming.ACQUIRED, Incoming.STARTED}:
             raise RequestError(f"migration {migration_id}: this host has taken the guest over", code="verdict_given")
         error = MigrationCancelled(reason)
+        if outgoing is not None and await self._end_awaiting(migration_id, error):
+            return self.describe(migration_id)
+        record = self.records.get(migration_id)
+        if record is None or record.outcome is not None:
+            raise RequestError(f"migration {migration_id} is over", code="migration_over")
+        # A migration that is about to open its channel finds the word there.
+        self.cancelled[migration_id] = error
         channel = self.channels.get(migration_id)
         if channel is not None:
             channel.fail(error)
-        elif outgoing is not None and outgoing.stage is Outgoing.AWAITING_PEER:
-            await self.host.journal.commit(rules.EndAttempt(migration_id, error.code))
-            self._close_record(migration_id, error)
-        else:
-            raise RequestError(f"migration {migration_id} is over", code="migration_over")
         return self.describe(migration_id)
 
     async def _save(self, record: MigrationRecord) -> None:
-        with self.host.journal_failures():
+        """Keep the record beyond this daemon. What is lost with it is a report, not a fact: the journal has those."""
+        try:
             await trio.to_thread.run_sync(self.host.documents.save_record, record.migration_id, record.as_dict())
+        except StorageError as exc:
+            log.error("migration.record_not_saved", migration=record.migration_id, text=exc.text)
 
     def _advertised(self) -> str:
         host = self.host.config.listen.advertise or self.host.config.listen.migration[0]

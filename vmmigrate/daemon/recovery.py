@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
+from vmmigrate.daemon.documents import InstanceDocument
 from vmmigrate.daemon.host import Host, Instance
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.engine.limits import MigrationOptions
-from vmmigrate.engine.metrics import Outcome
-from vmmigrate.errors import HandoffInDoubt, HypervisorError
+from vmmigrate.engine.metrics import MigrationRecord, Outcome
+from vmmigrate.errors import HandoffInDoubt, HypervisorError, JournalError, SpecError, VmMigrateError
 from vmmigrate.hypervisor.base import Guest, GuestProcess, GuestStamp, RunState
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import Epoch, Spawned
 from vmmigrate.ownership.recovery import RecoveryStep, SeenGuest, Step, plan
-from vmmigrate.ownership.state import Incoming
+from vmmigrate.ownership.state import Holding, Incoming
+from vmmigrate.wire import phases
 
 log = structlog.get_logger(__name__)
 
@@ -25,22 +29,26 @@ log = structlog.get_logger(__name__)
 async def recover(host: Host, migrations: Migrations) -> None:
     """Re-adopt, pause what must not run, finish or undo what was under way. Before the daemon serves anybody.
 
-    Raises: JournalError, SpecError: documents are damaged; nothing was decided.
+    One instance that cannot be decided about (`indeterminate`) does not keep the others waiting.
+
+    Raises: JournalError.
     """
     _load_documents(host)
     for record in host.documents.load_records():
         migrations.past[record["migration_id"]] = record
     await _end_leftovers(host)
-    guests = await _find_guests(host)
-    seen = {name: await _look_at(guest) for name, guest in guests.items()}
-    recovery = _Recovery(host, migrations, guests)
-    for step in plan(host.journal.state, seen, host.journal.newest_record):
+    found = await _find_guests(host)
+    recovery = _Recovery(host, migrations, found.guests)
+    for step in plan(host.journal.state, found.seen, host.journal.newest_record, found.unreachable):
         log.info("recovery.step", step=step.step.value, instance=step.instance, migration=step.migration)
         await recovery.take(step)
 
 
 def _load_documents(host: Host) -> None:
-    """What the journal's instances are; documents of arrivals that ended are removed, of acquired ones promoted."""
+    """What the journal's instances are; documents of arrivals that ended are removed, of acquired ones promoted.
+
+    A document that the journal does not know is left where it is: the journal may be the thing that was lost.
+    """
     state = host.journal.state
     for migration, incoming in state.incoming.items():
         if incoming.stage in {Incoming.ACQUIRED, Incoming.STARTED}:
@@ -48,50 +56,77 @@ def _load_documents(host: Host) -> None:
         elif incoming.stage not in {Incoming.RESERVED, Incoming.PREPARED}:
             host.documents.remove_arrival(migration)
     for document in host.documents.load_instances():
-        if document.instance_id in state.instances:
-            host.instances[document.instance_id] = Instance(document)
-        else:
+        known = state.instances.get(document.instance_id)
+        if known is None:
+            log.error("recovery.unknown_document", instance=document.instance_id)
+        elif known.holding is Holding.REMOVED:
             host.documents.remove_instance(document.instance_id)
+        else:
+            host.instances[document.instance_id] = Instance(document)
 
 
 async def _end_leftovers(host: Host) -> None:
-    """End processes that nobody owns any more; the last daemon may have died just before it did."""
+    """End processes that nobody owns any more; the last daemon may have died just before it did.
+
+    The runtime directory does not outlive the machine's boot, and pids do not either: no socket, no process of ours.
+    """
     for spawned in host.journal.state.leftovers:
-        if await host.hypervisor.end_leftover(_process(spawned)):
-            log.info("recovery.leftover_ended", instance=spawned.instance, pid=spawned.pid)
+        if _has_socket(spawned):
+            with contextlib.suppress(HypervisorError):
+                if await host.hypervisor.end_leftover(_process(spawned)):
+                    log.info("recovery.leftover_ended", instance=spawned.instance, pid=spawned.pid)
 
 
-async def _find_guests(host: Host) -> dict[str, Guest]:
-    """Every guest process that the journal names and that still answers, by instance."""
+@dataclass
+class _Found:
+    """Guest processes after a restart: those adopted, and why others could not be although they are there."""
+
+    guests: dict[str, Guest] = field(default_factory=dict)
+    seen: dict[str, SeenGuest] = field(default_factory=dict)
+    unreachable: dict[str, str] = field(default_factory=dict)
+
+
+async def _find_guests(host: Host) -> _Found:
+    """Every guest process that the journal names."""
     state = host.journal.state
-    arriving = [
-        x.guest for x in state.incoming.values() if x.guest and x.stage in {Incoming.RESERVED, Incoming.PREPARED}
-    ]
+    under_way = {Incoming.RESERVED, Incoming.PREPARED}
+    arriving = [x.guest for x in state.incoming.values() if x.guest and x.stage in under_way]
     owned = [known.guest for known in state.instances.values() if known.guest]
-    guests: dict[str, Guest] = {}
+    found = _Found()
     for spawned in [*arriving, *owned]:
-        guest = await _adopt(host, spawned)
-        if guest is not None:
-            guests[spawned.instance] = guest
-    return guests
+        try:
+            guest = await _adopt(host, spawned)
+            if guest is not None:
+                found.guests[spawned.instance] = guest
+                found.seen[spawned.instance] = await _look_at(guest)
+        except (HypervisorError, SpecError) as exc:
+            log.error("recovery.not_adopted", instance=spawned.instance, code=exc.code, text=exc.text)
+            found.unreachable[spawned.instance] = f"its guest process {spawned.pid} cannot be adopted: {exc.text}"
+    return found
 
 
 async def _adopt(host: Host, spawned: Spawned) -> Guest | None:
-    if spawned.migration is not None:
-        document = host.documents.load_arrival(spawned.migration)
-    else:
-        instance = host.instances.get(spawned.instance)
-        document = instance.document if instance else None
-    if document is None:
-        log.error("recovery.no_document", instance=spawned.instance)
+    """The guest of a process, or None when that process is gone. Raises: HypervisorError, SpecError."""
+    document = _document_of(host, spawned)
+    if document is None and spawned.migration is not None:
+        # Died between the record of the process and the document: half built, and nobody's.
         await host.hypervisor.end_leftover(_process(spawned))
         return None
+    if document is None:
+        raise HypervisorError("its document is missing", code="no_document")
     stamp = GuestStamp(spawned.instance, host.identity.name, Epoch(0, 0), spawned.migration)
-    try:
-        return await host.hypervisor.adopt(stamp, host.plan(document), _process(spawned))
-    except HypervisorError as exc:
-        log.error("recovery.not_adopted", instance=spawned.instance, code=exc.code, text=exc.text)
-        return None
+    return await host.hypervisor.adopt(stamp, host.plan(document), _process(spawned))
+
+
+def _document_of(host: Host, spawned: Spawned) -> InstanceDocument | None:
+    if spawned.migration is not None:
+        return host.documents.load_arrival(spawned.migration)
+    instance = host.instances.get(spawned.instance)
+    return instance.document if instance else None
+
+
+def _has_socket(spawned: Spawned) -> bool:
+    return Path(spawned.socket).exists()
 
 
 def _process(spawned: Spawned) -> GuestProcess:
@@ -100,7 +135,7 @@ def _process(spawned: Spawned) -> GuestProcess:
 
 async def _look_at(guest: Guest) -> SeenGuest:
     status = await guest.status()
-    return SeenGuest(status.run_state is RunState.RUNNING, Epoch(*status.stamp.epoch), status.last_record)
+    return SeenGuest(status.run_state is RunState.RUNNING, Epoch(*status.ran_epoch), status.last_record)
 
 
 class _Recovery:
@@ -110,6 +145,7 @@ class _Recovery:
         self._host = host
         self._migrations = migrations
         self._guests = guests
+        self._failed: set[str] = set()
         self._steps: Mapping[Step, Callable[[RecoveryStep], Awaitable[None]]] = {
             Step.PAUSE: self._pause,
             Step.KEEP: self._keep,
@@ -126,7 +162,39 @@ class _Recovery:
         }
 
     async def take(self, step: RecoveryStep) -> None:
-        await self._steps[step.step](step)
+        """Take one step; an instance on which a step fails is left to an operator."""
+        if step.instance in self._failed:
+            return
+        try:
+            await self._steps[step.step](step)
+            self._note_record(step)
+        except JournalError:
+            raise
+        except VmMigrateError as exc:
+            log.error("recovery.step_failed", step=step.step.value, instance=step.instance, code=exc.code, why=exc.text)
+            self._failed.add(step.instance)
+            self._mark(step.instance, f"{step.step.value} failed at the restart: {exc.text}")
+
+    def _mark(self, instance_id: str, reason: str) -> None:
+        instance = self._host.instances.get(instance_id)
+        if instance is not None:
+            instance.indeterminate = reason
+
+    def _note_record(self, step: RecoveryStep) -> None:
+        """A migration that ended with the last daemon has a record all the same."""
+        ended = _OUTCOMES.get(step.step)
+        if step.migration is None or ended is None or step.migration in self._migrations.past:
+            return
+        state = self._host.journal.state
+        own = self._host.identity
+        incoming, outgoing = state.incoming.get(step.migration), state.outgoing.get(step.migration)
+        role = phases.Role.DESTINATION if incoming else phases.Role.SOURCE
+        peer = incoming.reserved.source_host if incoming else outgoing.ticket.destination_host if outgoing else ""
+        peers = {role.value: own.uri, role.peer.value: Identity(own.trust_domain, Role.HOST, peer).uri}
+        record = MigrationRecord(step.migration, step.instance, role, peers, awaiting_peer=False)
+        error = VmMigrateError("the daemon restarted", code=step.reason or "daemon_restarted")
+        record.finish(ended, None if ended is Outcome.MOVED else error)
+        self._migrations.records[step.migration] = record
 
     def _epoch(self, step: RecoveryStep) -> Epoch:
         return self._host.journal.state.instances[step.instance].epoch
@@ -138,13 +206,13 @@ class _Recovery:
         self._host.watch(self._host.instances[step.instance], self._guests[step.instance])
 
     async def _undo_pause(self, step: RecoveryStep) -> None:
+        """The guest first: a crash in between finds the attempt still open, and undoes it again."""
         assert step.migration is not None
-        desired = self._host.journal.state.outgoing[step.migration].desired
-        await self._host.journal.commit(rules.EndAttempt(step.migration, step.reason))
         guest = self._guests[step.instance]
         await guest.open_backends(self._epoch(step))
-        if desired == RunState.RUNNING.value:
+        if self._host.journal.state.outgoing[step.migration].desired == RunState.RUNNING.value:
             await guest.run(self._epoch(step))
+        await self._host.journal.commit(rules.EndAttempt(step.migration, step.reason))
         await self._keep(step)
 
     async def _end_attempt(self, step: RecoveryStep) -> None:
@@ -152,34 +220,30 @@ class _Recovery:
         await self._host.journal.commit(rules.EndAttempt(step.migration, step.reason))
 
     async def _settle(self, step: RecoveryStep) -> None:
-        """In doubt: the guest stays paused (it may even be gone), and the destination is asked."""
+        """In doubt: the guest stays paused, and the destination is asked; also when the guest is gone meanwhile."""
         assert step.migration is not None
         outgoing = self._host.journal.state.outgoing[step.migration]
         guest = self._guests.get(step.instance)
         if guest is None:
-            # What is left is a fact to learn, not a guest to resume.
             log.error("recovery.in_doubt_without_guest", instance=step.instance, migration=step.migration)
-            return
-        instance = self._host.instances[step.instance]
-        self._host.watch(instance, guest)
+            await self._host.journal.commit(rules.Lose(step.instance, "the guest process is gone"))
+        else:
+            self._host.watch(self._host.instances[step.instance], guest)
         destination = Identity(self._host.identity.trust_domain, Role.HOST, outgoing.ticket.destination_host)
-        migration = self._migrations.make_source(step.migration, step.instance, destination, MigrationOptions())
+        migration = self._migrations.make_source(step.migration, step.instance, destination, guest, MigrationOptions())
         migration.desired = RunState(outgoing.desired or RunState.RUNNING.value)
-        migration.backends_closed = True
         migration.record.finish(Outcome.UNKNOWN, HandoffInDoubt("the daemon restarted while in doubt"))
+        self._migrations.records[step.migration] = migration.record
         self._host.nursery.start_soon(self._migrations.settle_source, migration)
 
     async def _finish_start(self, step: RecoveryStep) -> None:
         """Acquired and alive: open everything and start, or return it durably."""
         assert step.migration is not None
-        prepared = self._host.journal.state.incoming[step.migration].prepared
-        assert prepared is not None
         guest = self._guests[step.instance]
         try:
             await guest.open_backends(self._epoch(step))
         except HypervisorError as exc:
-            await guest.destroy()
-            await self._host.journal.commit(rules.Return(step.migration, exc.code))
+            await self._return_durably(step, exc.code)
             return
         await self._host.journal.commit(rules.Start(step.migration))
         await self._run(step)
@@ -202,8 +266,18 @@ class _Recovery:
         return RunState.RUNNING
 
     async def _return(self, step: RecoveryStep) -> None:
+        await self._return_durably(step, "guest_lost" if step.instance not in self._guests else step.reason)
+
+    async def _return_durably(self, step: RecoveryStep, code: str) -> None:
+        """Only a process that is gone can surely hold no disk open: it ends before the verdict is given."""
         assert step.migration is not None
-        await self._host.journal.commit(rules.Return(step.migration, "guest_lost"))
+        spawned = self._host.journal.state.instances[step.instance].guest
+        guest = self._guests.get(step.instance)
+        if guest is not None:
+            guest.detach()
+        if spawned is not None:
+            await self._host.hypervisor.end_leftover(_process(spawned))
+        await self._host.journal.commit(rules.Return(step.migration, code))
 
     async def _refuse(self, step: RecoveryStep) -> None:
         """The connection died with the daemon: no handoff can come. The verdict first, then the guest."""
@@ -223,3 +297,17 @@ class _Recovery:
 
     async def _indeterminate(self, step: RecoveryStep) -> None:
         log.error("recovery.indeterminate", instance=step.instance, why=step.reason)
+        self._mark(step.instance, step.reason)
+        guest = self._guests.get(step.instance)
+        if guest is not None:
+            guest.detach()
+
+
+# How a migration ended that a step finished; steps that go on (settle) or have none (keep) are not here.
+_OUTCOMES: Mapping[Step, Outcome] = {
+    Step.END_ATTEMPT: Outcome.FAILED,
+    Step.UNDO_PAUSE: Outcome.FAILED,
+    Step.REFUSE: Outcome.FAILED,
+    Step.RETURN: Outcome.FAILED,
+    Step.FINISH_START: Outcome.MOVED,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import trio
 
@@ -12,7 +13,7 @@ from vmmigrate.engine.metrics import MigrationRecord
 from vmmigrate.engine.outgoing import SourceMigration
 from vmmigrate.errors import NegotiationError, RemoteProtocolError
 from vmmigrate.hypervisor.base import PayloadDescription
-from vmmigrate.net.channel import Channel
+from vmmigrate.net.channel import Channel, refusal_of
 from vmmigrate.net.secrets import RANDOM_BYTES, SessionContext, SessionSecrets
 from vmmigrate.spec import chain
 from vmmigrate.wire import messages as m
@@ -31,12 +32,13 @@ class Agreed:
 
 async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration) -> Agreed:
     """Choose from the offer, or refuse with every reason at once; nothing is touched."""
-    payloads = await migration.guest.list_payloads()
+    payloads = await migration.live.list_payloads()
     needed = {item.kind: (item.instance_name, item.versions) for item in payloads if not item.optional}
     try:
+        _check_url(offer.api_url)
         choice, (spec_version, _) = _choose_all(offer, migration, Abilities(payloads=needed))
     except NegotiationError as error:
-        await channel.send(m.Refuse(error.code, error.text, error.details))
+        await channel.send(refusal_of(error))
         raise
     random = secrets.token_bytes(RANDOM_BYTES)
     select = m.Select(
@@ -65,6 +67,22 @@ async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration
         migration.session_number,
     )
     return Agreed(select, SessionSecrets(context, offer.random, random), payloads)
+
+
+def _check_url(url: str) -> None:
+    """In doubt, this is the only way to the truth: an address that cannot be asked is found out before anything moves.
+
+    Raises: NegotiationError `bad_api_url`.
+    """
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme == "https" and bool(parts.hostname) and parts.port is not None
+    except ValueError:
+        usable = False
+    if not usable or not url.isascii():
+        raise NegotiationError(
+            f"the destination's API URL {url[:200]!r} is none; needed is https://HOST:PORT", code="bad_api_url"
+        )
 
 
 def _choose_all(
@@ -108,7 +126,7 @@ def note_negotiated(record: MigrationRecord, select: m.Select) -> None:
 
 async def synchronise(channel: Channel, agreed: Agreed, migration: SourceMigration) -> None:
     """Send the preamble; the destination builds the guest, stopped."""
-    guest = migration.guest
+    guest = migration.live
     status = await guest.status()
     migration.desired = status.run_state
     populated = await trio.to_thread.run_sync(guest.ram.populated)

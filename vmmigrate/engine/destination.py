@@ -8,10 +8,13 @@ and each is durable before anybody acts on it or hears of it: `acquired` or `ref
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import structlog
 import trio
@@ -37,7 +40,7 @@ from vmmigrate.errors import (
 from vmmigrate.hypervisor.base import ConsoleHistory, Guest, RunState
 from vmmigrate.memory import PAGE_SIZE, RamLayout
 from vmmigrate.net.bulk import BulkDestination
-from vmmigrate.net.channel import Channel
+from vmmigrate.net.channel import Channel, refusal_of
 from vmmigrate.net.door import open_streams
 from vmmigrate.net.identity import Identity
 from vmmigrate.net.secrets import RANDOM_BYTES, SessionContext, SessionSecrets
@@ -57,6 +60,8 @@ from vmmigrate.wire.negotiate import DIGESTS, ENCODINGS, MAX_STREAMS, PROTOCOL_V
 from vmmigrate.wire.phases import Kind, Phase
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,16 @@ async def migrate_in(channel: Channel, migration: DestinationMigration) -> None:
     except VmMigrateError as error:
         await _give_up(channel, migration, error)
     except trio.Cancelled:
-        stopping = TransportError("the destination daemon is stopping", code="daemon_stopping")
+        stopping = VmMigrateError("the destination daemon is stopping", code="daemon_stopping")
         await _give_up(channel, migration, stopping)
         raise
+    except Exception:
+        # A defect, perhaps provoked by the peer: as long as no verdict was given it costs this attempt, no more.
+        stage = migration.journal.state.incoming[migration.migration_id].stage
+        if stage not in {Incoming.RESERVED, Incoming.PREPARED}:
+            raise
+        log.exception("migration.defect", migration=migration.migration_id)
+        await _give_up(channel, migration, VmMigrateError("the destination has a defect", code="internal"))
 
 
 async def _up_to_handoff(channel: Channel, migration: DestinationMigration) -> RunState:
@@ -220,7 +232,7 @@ async def _accept_preamble(channel: Channel, agreed: Agreed, migration: Destinat
         arrival = _read_arrival(answer, agreed, migration)
         migration.guest = await migration.build_guest(arrival)
     except (SpecError, HypervisorError, OwnershipRefusal, NegotiationError) as error:
-        await channel.send(m.Refuse(error.code, error.text, error.details))
+        await channel.send(refusal_of(error))
         raise
     migration.arrival = arrival
     await channel.send(
@@ -273,6 +285,7 @@ async def _bulk_streams(migration: DestinationMigration, agreed: Agreed) -> Asyn
     """The bulk streams of the session, receiving; on leaving their threads are joined and they are closed."""
     assert migration.guest is not None
     ram = migration.guest.ram
+    layout, pages, page_hash = ram.layout, ram.pages, PageHash(agreed.secrets.key("page digest"))
     links = await open_streams(
         migration.source_host,
         agreed.select.bulk_port,
@@ -281,7 +294,7 @@ async def _bulk_streams(migration: DestinationMigration, agreed: Agreed) -> Asyn
         agreed.secrets,
         agreed.select.streams,
     )
-    bulk = BulkDestination(links, ram.layout, ram.pages, PageHash(agreed.secrets.key("page digest")))
+    bulk = BulkDestination(links, layout, pages, page_hash)
     try:
         async with open_group() as group:
             group.start_soon(bulk.receive_forever)
@@ -296,20 +309,45 @@ async def _receive_ram(channel: Channel, bulk: BulkDestination, migration: Desti
     migration.record.ram.total_bytes = len(bulk.table) * PAGE_SIZE
     paused = False
     while True:
-        message = await channel.expect(m.RoundEnd, m.Paused, deadline_s=migration.deadlines.round_s)
+        message = await _while_bulk_moves(
+            bulk, migration, partial(channel.expect, m.RoundEnd, m.Paused, deadline_s=math.inf)
+        )
         if isinstance(message, m.RoundEnd):
             await _apply_round(channel, bulk, migration, message)
             if paused:
-                await bulk.wait_end()
+                await _while_bulk_moves(bulk, migration, bulk.wait_end)
                 return
         else:
             paused = True
 
 
+async def _while_bulk_moves(
+    bulk: BulkDestination, migration: DestinationMigration, wait: Callable[[], Awaitable[T]]
+) -> T:
+    """Wait as long as bulk data keeps coming: how long a round takes depends on the guest, a stall does not.
+
+    Raises: TransportError `timed_out`: not a byte for `round_s`.
+    """
+    result: list[T] = []
+    async with open_group() as group:
+
+        async def run() -> None:
+            result.append(await wait())
+            group.cancel_scope.cancel()
+
+        group.start_soon(run)
+        received = -1
+        while received != bulk.bytes_received:
+            received = bulk.bytes_received
+            await trio.sleep(migration.deadlines.round_s)
+        raise TransportError(f"no bulk data for {migration.deadlines.round_s:g} s", code="timed_out")
+    return result[0]
+
+
 async def _apply_round(
     channel: Channel, bulk: BulkDestination, migration: DestinationMigration, end: m.RoundEnd
 ) -> None:
-    await bulk.wait_round(end.round_number, end.records)
+    await _while_bulk_moves(bulk, migration, partial(bulk.wait_round, end.round_number, end.records))
     migration.record.ram.sent_bytes = bulk.bytes_received
     migration.record.progress.update(round=end.round_number, bytes=bulk.bytes_received, dirty_pages=end.dirty_pages)
     migration.record.ram.rounds.append({"pages": end.pages, "bytes": bulk.bytes_received})
@@ -347,7 +385,7 @@ async def _receive_state(
         raise PayloadError(
             f"{len(received.payloads)} device payloads came, {end.payloads} were sent", code="payload_count"
         )
-    page_digest = condense(bulk.table)
+    page_digest = await trio.to_thread.run_sync(condense, bulk.table)
     if page_digest != end.page_digest:
         raise RemoteProtocolError("guest RAM as it landed is not as it was sent", code="digest_mismatch")
     assert migration.guest is not None
@@ -408,7 +446,6 @@ async def _take_over(channel: Channel, migration: DestinationMigration, run_stat
             return
         resume_s = time.monotonic() - begun
         epoch = migration.arrival.epoch.handed_over()
-        migration.record.finish(Outcome.MOVED)
         log.info("migration.moved", migration=migration.migration_id, instance=migration.instance_id)
         # The guest runs. Whether the source hears of it is no longer decisive: it will ask.
         with contextlib.suppress(VmMigrateError):
@@ -429,14 +466,25 @@ async def finish_start(migration: DestinationMigration, run_state: RunState) -> 
     except (HypervisorError, OwnershipRefusal) as error:
         await _return_guest(migration, error)
         return False
+    migration.record.finish(Outcome.MOVED)
+    await _run_started(migration, guest, epoch, run_state)
+    return True
+
+
+async def _run_started(migration: DestinationMigration, guest: Guest, epoch: Epoch, run_state: RunState) -> None:
+    """`started` is durable: this host owns the guest, whatever comes. Only a guest whose process is gone is lost."""
     try:
-        await guest.note_record(migration.journal.newest_record)
         if run_state is RunState.RUNNING:
             await guest.run(epoch)
+        await guest.note_record(migration.journal.newest_record)
     except HypervisorError as error:
-        await migration.journal.commit(rules.Lose(migration.instance_id, error.text))
-        migration.record.finish(Outcome.GUEST_LOST, error)
-    return True
+        log.error("guest.not_run", instance=migration.instance_id, code=error.code, text=error.text)
+        migration.record.notes.append(f"the guest was not run: {error.text}")
+        if error.code == "guest_lost":
+            await guest.destroy()
+            await migration.journal.commit(rules.Lose(migration.instance_id, error.text))
+            migration.record.outcome = Outcome.GUEST_LOST
+            migration.record.error = error.as_dict()
 
 
 async def _open_in_time(guest: Guest, epoch: Epoch, start_s: float) -> None:

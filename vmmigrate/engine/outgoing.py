@@ -18,10 +18,7 @@ from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
 from vmmigrate.errors import (
     HandoffInDoubt,
     HypervisorError,
-    IdentityError,
-    PeerError,
-    RequestError,
-    TransportError,
+    JournalError,
     VmMigrateError,
 )
 from vmmigrate.hypervisor.base import Guest, RunState
@@ -31,9 +28,12 @@ from vmmigrate.net.door import BulkDoor
 from vmmigrate.net.identity import Identity
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
+from vmmigrate.ownership.state import Outgoing
 from vmmigrate.spec.latest import InstanceSpec
 
 log = structlog.get_logger(__name__)
+
+RESUME_AGAIN_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class SourceMigration:
     """Everything that one outgoing migration needs.
 
     Attributes:
+        guest: None when its process is gone and only the verdict of the destination is still to be learnt.
         ask_destination: Asks the destination's daemon for its verdict; injected by the daemon, which has the client.
         offered: Every page that was taken from the dirty marks in this attempt; put back when it fails.
     """
@@ -61,7 +62,7 @@ class SourceMigration:
     instance_id: str
     own: Identity
     destination: Identity
-    guest: Guest
+    guest: Guest | None
     spec: InstanceSpec
     properties: Mapping[str, str]
     blobs: Mapping[str, bytes]
@@ -77,7 +78,12 @@ class SourceMigration:
     destination_journal: str = ""
     desired: RunState = RunState.RUNNING
     offered: PageBitmap | None = None
-    backends_closed: bool = False
+
+    @property
+    def live(self) -> Guest:
+        """The guest, of which the engine's steps are sure that it is there."""
+        assert self.guest is not None
+        return self.guest
 
 
 async def conclude(
@@ -101,7 +107,8 @@ async def conclude(
     if not decision.records:
         return
     if answer in {Answer.RUNNING, Answer.STARTED}:
-        await migration.guest.destroy()
+        if migration.guest is not None:
+            await migration.guest.destroy()
         migration.record.finish(Outcome.MOVED)
         log.info("migration.moved", migration=migration.migration_id, instance=migration.instance_id)
         return
@@ -111,58 +118,84 @@ async def conclude(
 
 async def _take_back(migration: SourceMigration, error: VmMigrateError) -> None:
     """Run the guest again, under the epoch that the journal now holds."""
-    try:
-        await _resume_guest(migration)
-    except HypervisorError as exc:
-        await _guest_is_gone(migration, exc)
+    if migration.guest is None:
+        _note_lost(migration, HypervisorError("the guest process ended while it was in doubt", code="guest_lost"))
+    elif await _resume(migration):
+        migration.record.finish(Outcome.FAILED, error)
+        log.info("migration.reclaimed", migration=migration.migration_id, code=error.code, text=error.text)
+
+
+async def undo(channel: Channel, migration: SourceMigration, error: VmMigrateError) -> None:
+    """Make the guest what it was, then tell the peer, then end the attempt. Shielded; bounded.
+
+    Only an attempt that the journal still knows as under way owns the guest's run state: one that was ended meanwhile,
+    or was given away, is left alone.
+    """
+    failed_in = channel.session.failed_in or channel.phase
+    outgoing = migration.journal.state.outgoing[migration.migration_id]
+    with trio.CancelScope(shield=True):
+        under_way = outgoing.stage in {Outgoing.ACTIVE, Outgoing.PAUSING}
+        if under_way and migration.offered is not None and not await _resume(migration):
+            await channel.say_goodbye(error)
+            return
+        error = await channel.true_reason(error)
+        await channel.say_goodbye(error)
+        if under_way:
+            await migration.journal.commit(rules.EndAttempt(migration.migration_id, error.code))
+    migration.record.finish(outcome_of(error, failed_in), error)
+    log.info("migration.ended", migration=migration.migration_id, code=error.code, text=error.text)
+
+
+async def _resume(migration: SourceMigration) -> bool:
+    """Try until the guest is what it was before the attempt. False: it is lost, or did not obey in `undo_s`."""
+    failure: HypervisorError | None = None
+    with trio.move_on_after(migration.deadlines.undo_s):
+        while True:
+            try:
+                await _resume_once(migration)
+                return True
+            except HypervisorError as exc:
+                failure = exc
+                if exc.code == "guest_lost":
+                    break
+                log.warning("migration.resume_failed", migration=migration.migration_id, code=exc.code, text=exc.text)
+                await trio.sleep(RESUME_AGAIN_S)
+    await _guest_is_gone(migration, failure or HypervisorError("no answer", code="guest_unresponsive"))
+    return False
+
+
+async def _resume_once(migration: SourceMigration) -> None:
+    """Marks, disks and run state as they were. Nothing at all unless the journal says that the guest is ours."""
+    state = migration.journal.state
+    epoch = state.instances[migration.instance_id].epoch
+    if not state.may_run(migration.instance_id, epoch):
+        log.error("migration.not_ours", migration=migration.migration_id, instance=migration.instance_id)
         return
-    migration.record.finish(Outcome.FAILED, error)
-    log.info("migration.reclaimed", migration=migration.migration_id, code=error.code, text=error.text)
-
-
-async def _resume_guest(migration: SourceMigration) -> None:
-    """What the guest was before the attempt: marks, disks, run state. Needs the present epoch to be ours."""
-    guest = migration.guest
-    epoch = migration.journal.state.instances[migration.instance_id].epoch
+    guest = migration.live
     if migration.offered is not None:
         await guest.mark_dirty(migration.offered)
-    if migration.backends_closed:
-        await guest.open_backends(epoch)
-        migration.backends_closed = False
+    await guest.open_backends(epoch)
     if migration.desired is RunState.RUNNING:
         await guest.run(epoch)
     else:
         await guest.pause()
+    await guest.note_record(migration.journal.newest_record)
 
 
-async def undo(channel: Channel, migration: SourceMigration, error: VmMigrateError) -> None:
-    """Make the guest what it was, then end the attempt, then tell the peer. Shielded; bounded."""
-    failed_in = channel.session.failed_in or channel.phase
-    record = migration.record
-    with trio.CancelScope(shield=True):
-        await channel.say_goodbye(error)
-        try:
-            with trio.fail_after(migration.deadlines.undo_s):
-                if migration.offered is not None:
-                    await _resume_guest(migration)
-                await migration.journal.commit(rules.EndAttempt(migration.migration_id, error.code))
-        except (HypervisorError, trio.TooSlowError) as exc:
-            await _guest_is_gone(migration, exc)
-            return
-    record.finish(outcome_of(error, failed_in), error)
-    log.info("migration.ended", migration=migration.migration_id, code=error.code, text=error.text)
-
-
-async def _guest_is_gone(migration: SourceMigration, exc: Exception) -> None:
+async def _guest_is_gone(migration: SourceMigration, exc: HypervisorError) -> None:
     """The guest could not be resumed: it is lost, or it does not answer; say which."""
-    text = f"the guest could not be resumed at the source: {exc}"
     log.error("migration.not_resumed", migration=migration.migration_id, instance=migration.instance_id, why=str(exc))
-    if isinstance(exc, HypervisorError) and exc.code == "guest_lost":
+    if exc.code == "guest_lost":
         await migration.journal.commit(rules.Lose(migration.instance_id, exc.text))
-        migration.record.finish(Outcome.GUEST_LOST, HypervisorError(text, code="guest_lost"))
+        _note_lost(migration, exc)
         return
     # The journal still says `pausing`: the next start of the daemon undoes the pause.
+    text = f"the guest could not be resumed at the source: {exc}"
     migration.record.finish(Outcome.FAILED, HypervisorError(text, code="not_resumed"))
+
+
+def _note_lost(migration: SourceMigration, exc: HypervisorError) -> None:
+    migration.record.finish(Outcome.GUEST_LOST, exc)
 
 
 # --------------------------------------------------------------------------- in doubt
@@ -180,7 +213,10 @@ async def settle(migration: SourceMigration) -> None:
     while migration.record.outcome in {None, Outcome.UNKNOWN}:
         try:
             reply = await migration.ask_destination(released.destination_url, migration.migration_id)
-        except (TransportError, IdentityError, PeerError, RequestError) as exc:
+        except JournalError:
+            raise
+        except VmMigrateError as exc:
+            # Whatever the destination answers instead of a verdict is no evidence: ask again.
             log.info("settle.unanswered", migration=migration.migration_id, code=exc.code, text=exc.text)
         else:
             log.info("settle.answered", migration=migration.migration_id, answer=reply.answer.value)

@@ -18,11 +18,12 @@ from vmmigrate.engine.metrics import MigrationRecord, Outcome
 from vmmigrate.engine.outgoing import SourceMigration, conclude, undo
 from vmmigrate.engine.ram import hash_ram_in_thread
 from vmmigrate.errors import (
+    ConvergenceError,
     HandoffInDoubt,
+    HypervisorError,
     JournalError,
     PayloadError,
     RemoteProtocolError,
-    TransportError,
     VmMigrateError,
 )
 from vmmigrate.memory import PAGE_SIZE, PageBitmap
@@ -61,8 +62,12 @@ async def migrate_out(channel: Channel, offer: m.Offer, migration: SourceMigrati
     except VmMigrateError as error:
         await undo(channel, migration, error)
     except trio.Cancelled:
-        await undo(channel, migration, TransportError("the source daemon is stopping", code="daemon_stopping"))
+        await undo(channel, migration, VmMigrateError("the source daemon is stopping", code="daemon_stopping"))
         raise
+    except Exception:
+        # A defect must not take the guest with it. What is undone here is undone again, harmlessly, at a restart.
+        log.exception("migration.defect", migration=migration.migration_id)
+        await undo(channel, migration, VmMigrateError("the source has a defect; its log says more", code="internal"))
 
 
 async def _up_to_ready(channel: Channel, offer: m.Offer, migration: SourceMigration) -> None:
@@ -75,14 +80,12 @@ async def _up_to_ready(channel: Channel, offer: m.Offer, migration: SourceMigrat
                 dirty, rounds = await _copy_while_running(channel, bulk, migration)
                 await _pause(channel, migration, rounds + 1)
                 await _copy_the_rest(channel, bulk, migration, dirty, rounds + 1)
-                await _send_state(channel, bulk, agreed, migration)
-                await _wait_ready(channel, bulk, agreed, migration)
+                page_digest = await _send_state(channel, bulk, agreed, migration)
+                await _wait_ready(channel, page_digest, agreed, migration)
     except trio.TooSlowError:
-        raise TransportError(
+        raise ConvergenceError(
             f"the migration did not finish within {migration.options.timeout_s:g} s", code="timed_out_total"
         ) from None
-    except TransportError as error:
-        raise await channel.true_reason(error) from error
 
 
 # --------------------------------------------------------------------------- RAM
@@ -91,11 +94,11 @@ async def _up_to_ready(channel: Channel, offer: m.Offer, migration: SourceMigrat
 @contextlib.asynccontextmanager
 async def _bulk_streams(channel: Channel, agreed: Agreed, migration: SourceMigration) -> AsyncIterator[BulkSource]:
     """The bulk streams of the session, closed on leaving; their threads are joined by then."""
-    layout = migration.guest.ram.layout
+    layout, pages = migration.live.ram.layout, migration.live.ram.pages
     page_hash = PageHash(agreed.secrets.key("page digest"))
     with migration.door.expect(agreed.secrets, migration.destination, agreed.select.streams) as appointment:
         links = await migration.door.collect(appointment)
-    bulk = BulkSource(links, layout, migration.guest.ram.pages, page_hash)
+    bulk = BulkSource(links, layout, pages, page_hash)
     try:
         yield bulk
     finally:
@@ -104,7 +107,7 @@ async def _bulk_streams(channel: Channel, agreed: Agreed, migration: SourceMigra
 
 async def _copy_while_running(channel: Channel, bulk: BulkSource, migration: SourceMigration) -> tuple[PageBitmap, int]:
     """Rounds until the rest fits the pause; returns what is still to send, and the number of rounds."""
-    guest, record, options = migration.guest, migration.record, migration.options
+    guest, record, options = migration.live, migration.record, migration.options
     judge = Convergence(options.downtime_ms / 1000, max_rounds=options.max_rounds)
     await guest.start_tracking()
     pages = await trio.to_thread.run_sync(guest.ram.populated)
@@ -118,10 +121,9 @@ async def _copy_while_running(channel: Channel, bulk: BulkSource, migration: Sou
         if verdict is Verdict.PAUSE or (verdict is Verdict.WILL_NOT_CONVERGE and options.force):
             return pages, number
         if verdict is Verdict.WILL_NOT_CONVERGE:
-            raise TransportError(
+            raise ConvergenceError(
                 f"after {number} rounds {pages.count()} pages are dirty; the pause would last about"
-                f" {judge.forecast_pause_s(pages.count()):.2f} s, allowed is {judge.downtime_s:g} s",
-                code="will_not_converge",
+                f" {judge.forecast_pause_s(pages.count()):.2f} s, allowed is {judge.downtime_s:g} s"
             )
 
 
@@ -139,7 +141,7 @@ async def _one_round(
     applied = await channel.expect(m.RoundApplied, deadline_s=migration.deadlines.round_s)
     _check_round(applied, number)
     seconds = trio.current_time() - begun
-    dirty = await migration.guest.take_dirty()
+    dirty = await migration.live.take_dirty()
     _remember_offered(migration, dirty)
     finished = Round(sent.pages, sent.bytes_sent, seconds, dirty.count())
     verdict = judge.after_round(finished)
@@ -205,10 +207,10 @@ def _note_round(record: MigrationRecord, finished: Round) -> None:
 async def _pause(channel: Channel, migration: SourceMigration, number: int) -> None:
     """Pause so that the guest stays paused even if we die. What it is to be afterwards is durable before."""
     await migration.journal.commit(rules.BeginPause(migration.migration_id, migration.desired.value))
+    await _note_record(migration)
     migration.record.laps.start()
     # Closes the disks, too: the destination opens them for writing before the guest starts there.
-    migration.backends_closed = True
-    await migration.guest.pause_for_handoff(migration.migration_id)
+    await migration.live.pause_for_handoff(migration.migration_id)
     migration.record.laps.lap("pause")
     await channel.send(m.Paused(number))
 
@@ -217,7 +219,7 @@ async def _copy_the_rest(
     channel: Channel, bulk: BulkSource, migration: SourceMigration, dirty: PageBitmap, number: int
 ) -> None:
     """The last round: what was dirty, and what was written until the pause."""
-    rest = dirty | await migration.guest.take_dirty()
+    rest = dirty | await migration.live.take_dirty()
     _remember_offered(migration, rest)
     begun = trio.current_time()
     sent = await _send_round(channel, bulk, migration, rest, number, last=True)
@@ -225,9 +227,9 @@ async def _copy_the_rest(
     migration.record.laps.lap("last_round")
 
 
-async def _send_state(channel: Channel, bulk: BulkSource, agreed: Agreed, migration: SourceMigration) -> None:
+async def _send_state(channel: Channel, bulk: BulkSource, agreed: Agreed, migration: SourceMigration) -> bytes:
     """Time, devices, console history, and the digest of all pages sent."""
-    guest = migration.guest
+    guest = migration.live
     await channel.send(m.TimeDataMessage((await guest.export_time()).to_map()))
     payloads = await guest.export_devices(agreed.select.payloads)
     promised = {(item.instance_name, item.kind) for item in agreed.payloads if not item.optional}
@@ -244,7 +246,9 @@ async def _send_state(channel: Channel, bulk: BulkSource, agreed: Agreed, migrat
             m.ConsoleHistoryMessage(history.port, history.beginning, history.rolling, history.total_bytes)
         )
     migration.record.laps.lap("device_save")
-    await channel.send(m.StateEnd(condense(bulk.table), len(items)))
+    page_digest = await trio.to_thread.run_sync(condense, bulk.table)
+    await channel.send(m.StateEnd(page_digest, len(items)))
+    return page_digest
 
 
 _CHUNK_BYTES = 1 << 20
@@ -263,12 +267,12 @@ def _chunks(items: tuple[m.PayloadItem, ...]) -> list[tuple[m.PayloadItem, ...]]
     return [tuple(chunk) for chunk in chunks if chunk]
 
 
-async def _wait_ready(channel: Channel, bulk: BulkSource, agreed: Agreed, migration: SourceMigration) -> None:
+async def _wait_ready(channel: Channel, page_digest: bytes, agreed: Agreed, migration: SourceMigration) -> None:
     """Ready, with equal digests; after it the destination's journal holds `prepared`."""
     full = agreed.select.verify == "full"
     digest = b""
     if full:
-        digest = await hash_ram_in_thread(migration.guest.ram)
+        digest = await hash_ram_in_thread(migration.live.ram)
         migration.record.laps.lap("verify_source")
         migration.record.digest["source"] = digest.hex()
     await channel.expect(m.RoundApplied, deadline_s=migration.deadlines.round_s)
@@ -276,7 +280,7 @@ async def _wait_ready(channel: Channel, bulk: BulkSource, agreed: Agreed, migrat
     migration.record.laps.lap("import_and_verify")
     if full:
         migration.record.digest["destination"] = ready.ram_digest.hex()
-    if ready.page_digest != condense(bulk.table) or ready.ram_digest != digest:
+    if ready.page_digest != page_digest or ready.ram_digest != digest:
         raise RemoteProtocolError("guest RAM at the destination is not that of the source", code="digest_mismatch")
     migration.destination_journal = ready.journal_id
 
@@ -304,11 +308,21 @@ async def _hand_off(channel: Channel, migration: SourceMigration) -> None:
         laps.lap("journal_released")
         try:
             await channel.send_bytes(handoff)
+            await _note_record(migration)
             answer = await channel.expect(m.Running, m.Refused, m.Returned, deadline_s=migration.deadlines.verdict_s)
         except VmMigrateError as exc:
             raise HandoffInDoubt(f"no clear answer to the handoff: {exc.text}", details={"cause": exc.code}) from exc
         _note_start(migration.record, answer)
         await conclude(migration, _ANSWER_OF[type(answer)], answer.journal_id, _reason_of(answer))
+
+
+async def _note_record(migration: SourceMigration) -> None:
+    """Tell the guest how long the journal is: a shorter one at a restart is an older copy, and decides nothing.
+
+    Only of what is durable, or a crash in between would look like such a copy.
+    """
+    with contextlib.suppress(HypervisorError):
+        await migration.live.note_record(migration.journal.newest_record)
 
 
 def _note_start(record: MigrationRecord, answer: m.Running | m.Refused | m.Returned) -> None:

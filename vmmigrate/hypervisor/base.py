@@ -128,7 +128,8 @@ class GuestStatus:
     """A frozen look at a guest.
 
     `heartbeats` counts 1 ms ticks since boot and travels with the guest; `last_record` is the highest journal record
-    number that the daemon has told it; `handoff` is the migration for which it was paused last, until it runs again.
+    number that the daemon has told it; `handoff` is the migration for which it was paused last, until it runs again;
+    `ran_epoch` is the epoch under which it was told to run last, (0, 0) when it never was.
     """
 
     stamp: GuestStamp
@@ -138,6 +139,7 @@ class GuestStatus:
     backends_open: bool
     program: Mapping[str, Any]
     handoff: str | None = None
+    ran_epoch: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +302,9 @@ class Hypervisor(Protocol):
     """An adapter: builds guests and finds them again."""
 
     capabilities: Capabilities
+
+    def problems(self, plan: GuestPlan) -> list[str]:
+        """What this adapter cannot realise of *plan*; all of it, before anything is built."""
 
     async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
         """Create a guest, paused, its RAM never touched. With *for_migration* its RAM is mapped writable here

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import trio
 
 from vmmigrate.errors import RemoteProtocolError, TransportError
-from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs, split_runs
 from vmmigrate.net.threads import open_group, run_joined
 from vmmigrate.net.tls import map_tls_errors
 from vmmigrate.ram.digest import Digests, PageHash
@@ -36,6 +36,7 @@ from vmmigrate.ram.records import (
     MAX_RECORD_PAGES,
     MAX_ZERO_RUNS,
     RUN_DTYPE,
+    STRIPE_PAGES,
     RecordHeader,
     RecordKind,
     pack_runs,
@@ -59,7 +60,7 @@ class Link(Protocol):
         """Fill *target* entirely; a peer that stalls in the middle of a record is given `STALL_LIMIT_S`."""
 
     def await_into(self, target: memoryview) -> None:
-        """Fill *target* with the beginning of the next record, whenever that comes."""
+        """Fill *target* with the beginning of the next record, whenever that comes; once begun, as `receive_into`."""
 
     def shutdown(self) -> None:
         """Make calls of other threads fail; they must be joined before `close`."""
@@ -70,9 +71,10 @@ class Link(Protocol):
 class TlsLink:
     """A Link over a blocking TLS socket."""
 
-    def __init__(self, sock: ssl.SSLSocket, peer: str) -> None:
-        sock.settimeout(STALL_LIMIT_S)
+    def __init__(self, sock: ssl.SSLSocket, peer: str, stall_limit_s: float = STALL_LIMIT_S) -> None:
+        sock.settimeout(stall_limit_s)
         self._sock = sock
+        self._stall_limit_s = stall_limit_s
         self._doing = f"bulk stream with {peer}"
 
     def send(self, chunk: memoryview | bytes) -> None:
@@ -82,16 +84,21 @@ class TlsLink:
     def await_into(self, target: memoryview) -> None:
         # Between rounds a stream may be silent for long; the control channel's heartbeats tell a dead peer.
         self._sock.settimeout(None)
-        self.receive_into(target)
-        self._sock.settimeout(STALL_LIMIT_S)
+        rest = self._receive_some(target)
+        self._sock.settimeout(self._stall_limit_s)
+        self.receive_into(rest)
 
     def receive_into(self, target: memoryview) -> None:
+        while target:
+            target = self._receive_some(target)
+
+    def _receive_some(self, target: memoryview) -> memoryview:
+        """Fill the beginning of *target*; what is left of it."""
         with map_tls_errors(self._doing):
-            while target:
-                received = self._sock.recv_into(target)
-                if received == 0:
-                    raise TransportError(f"{self._doing}: cut", code="link_lost")
-                target = target[received:]
+            received = self._sock.recv_into(target)
+        if received == 0:
+            raise TransportError(f"{self._doing}: cut", code="link_lost")
+        return target[received:]
 
     def shutdown(self) -> None:
         # Not SSLSocket.shutdown: that drops the TLS state under the feet of the thread that uses it.
@@ -134,8 +141,10 @@ class StreamSender:
         self._ram = ram
         self._hash = page_hash
         self._table = table
+        self._cuts = _region_boundaries(layout)
         self._round = 0
-        self._zeros: list[npt.NDArray[np.int64]] = []
+        self._zeros: list[Runs] = []
+        self._zero_runs = 0
 
     def send_round(self, runs: Runs, round_number: int, *, last: bool) -> None:
         """Send *runs* (each at most one record long), then the barrier of the round; after the last one, END."""
@@ -160,10 +169,14 @@ class StreamSender:
             self._send_pages(group, chunk)
             return
         numbers = pages_in(group)
-        self._zeros.append(numbers[~kept])
+        self._note_zeros(self._runs_of(numbers[~kept]))
         if kept.any():
             # Zero pages amid others: what is left no longer lies in one piece, so it goes from a copy.
-            self._send_pages(runs_of_pages(numbers[kept]), chunk[kept])
+            self._send_pages(self._runs_of(numbers[kept]), chunk[kept])
+
+    def _runs_of(self, pages: npt.NDArray[np.int64]) -> Runs:
+        """*pages* as runs that are lawful on the wire: neighbours may lie in two stripes, or in two regions."""
+        return cut_at(split_runs(runs_of_pages(pages), STRIPE_PAGES), self._cuts)
 
     def _send_pages(self, runs: Runs, chunk: Pages) -> None:
         # The guest may write while we read. A page that changes between digest and send is dirty again and is sent
@@ -172,16 +185,23 @@ class StreamSender:
         self._send_record(RecordKind.PAGES, runs, chunk.data.cast("B"))
         self.pages_sent += len(chunk)
 
+    def _note_zeros(self, runs: Runs) -> None:
+        """Zero pages of many groups travel in one record; never more of them are kept than fill one."""
+        self._zeros.append(runs)
+        self._zero_runs += len(runs)
+        if self._zero_runs >= MAX_ZERO_RUNS:
+            self._flush_zeros()
+
     def _flush_zeros(self) -> None:
         if not self._zeros:
             return
-        numbers = np.concatenate(self._zeros)
+        runs = np.concatenate(self._zeros)
         self._zeros.clear()
-        self._table[numbers] = 0
-        runs = runs_of_pages(numbers)
+        self._zero_runs = 0
+        self._table[pages_in(runs)] = 0
         for start in range(0, len(runs), MAX_ZERO_RUNS):
             self._send_record(RecordKind.ZERO, runs[start : start + MAX_ZERO_RUNS])
-        self.zero_pages += len(numbers)
+        self.zero_pages += int(runs[:, 1].sum())
 
     def _send_record(self, kind: RecordKind, runs: Runs | None = None, payload: memoryview | None = None) -> None:
         table = b"" if runs is None else pack_runs(self._layout, runs)
@@ -352,6 +372,7 @@ class BulkDestination:
         ]
         self._limiter = trio.CapacityLimiter(len(links))
         self._reached: list[dict[int, int]] = [{} for _ in links]  # per stream: round -> records at its barrier
+        self._is_over = [False for _ in links]
         self._progress = trio.Event()
         self._ended = trio.Event()
 
@@ -378,19 +399,30 @@ class BulkDestination:
         while True:
             round_number = await run_joined(receiver.receive_round, end=receiver.link.shutdown, limiter=self._limiter)
             if round_number is None:
+                self._is_over[index] = True
+                self._note_progress()
                 return
+            if self._reached[index]:
+                # A round is answered before the next begins; else a peer could make us count its barriers for ever.
+                raise RemoteProtocolError(f"stream {index}: a barrier before the last was answered", code="bad_record")
             self._reached[index][round_number] = receiver.records
-            self._progress.set()
-            self._progress = trio.Event()
+            self._note_progress()
+
+    def _note_progress(self) -> None:
+        self._progress.set()
+        self._progress = trio.Event()
 
     async def wait_round(self, round_number: int, records: tuple[int, ...]) -> None:
         """Return when every stream has reached the barrier of *round_number*.
 
         Raises:
             RemoteProtocolError: `bad_record`: a stream holds another number of records than the control channel,
-                which is authenticated, says it sent.
+                which is authenticated, says it sent; or it ended before that barrier.
         """
         while not all(round_number in reached for reached in self._reached):
+            for index, (is_over, reached) in enumerate(zip(self._is_over, self._reached, strict=True)):
+                if is_over and round_number not in reached:
+                    raise RemoteProtocolError(f"stream {index} ended before round {round_number}", code="bad_record")
             await self._progress.wait()
         counted = tuple(reached.pop(round_number) for reached in self._reached)
         if counted != records:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 import trio
@@ -23,8 +24,9 @@ from vmmigrate.errors import (
 )
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsStream, map_tls_errors
-from vmmigrate.wire.codec import plain_map
-from vmmigrate.wire.messages import Cancel, Failed, Heartbeat, Message, Progress
+from vmmigrate.wire.codec import encode
+from vmmigrate.wire.framing import encode_frame
+from vmmigrate.wire.messages import Cancel, Failed, Heartbeat, Message, Progress, Refuse
 from vmmigrate.wire.phases import Phase, Role
 from vmmigrate.wire.session import Session
 
@@ -37,6 +39,8 @@ SILENCE_LIMIT_S = 10.0
 SEND_DEADLINE_S = 30.0
 GOODBYE_DEADLINE_S = 2.0
 TRUE_REASON_S = 1.0
+_MAX_REASON_CHARS = 4096  # as codec.py allows them
+_MAX_TEXT_CHARS = 16_384
 _RECEIVE_BYTES = 1 << 16
 _MAX_QUEUED = 64
 
@@ -58,7 +62,8 @@ class Channel:
         self._wakeup = trio.Event()
         self._failure: VmMigrateError | None = None
         self._scopes: set[trio.CancelScope] = set()
-        self._last_heard = trio.current_time()
+        self._heard = 0  # how often
+        self._owes_reason = False
 
     @property
     def role(self) -> Role:
@@ -72,9 +77,18 @@ class Channel:
         """Say *message*. The phase advances before a byte leaves.
 
         Raises:
-            LocalProtocolError: Not now. TransportError: It may or may not have arrived.
+            LocalProtocolError: Not now, or not so; a conversation that was not over fails with it.
+            TransportError: It may or may not have arrived.
         """
-        await self.send_bytes(self.session.send(message))
+        was_over = self.session.is_over
+        try:
+            encoded = self.session.send(message)
+        except LocalProtocolError as exc:
+            if not was_over:
+                self._owes_reason = True
+                self.fail(exc)
+            raise
+        await self.send_bytes(encoded)
 
     async def send_bytes(self, encoded: bytes) -> None:
         """Put on the wire what `session.send` gave (apart, for what must happen in between)."""
@@ -120,6 +134,7 @@ class Channel:
     def interruptible(self) -> Iterator[None]:
         """Give up the block as soon as the peer fails, cancels, or is cut off; raise what happened.
 
+        Also when it happens too late to stop the block: who leaves it, leaves it with a peer that was there.
         Outer cancellation passes through unchanged.
         """
         self._check_alive()
@@ -133,8 +148,7 @@ class Channel:
                 raise
             finally:
                 self._scopes.discard(scope)
-        if scope.cancelled_caught:
-            self._check_alive()
+        self._check_alive()
 
     async def true_reason(self, error: VmMigrateError) -> VmMigrateError:
         """The peer's own error, when it comes soon after *error*; else *error*.
@@ -156,15 +170,15 @@ class Channel:
                 scope.cancel()
 
     async def say_goodbye(self, error: VmMigrateError) -> None:
-        """Tell the peer why we give up, if it can still be told. Never raises; bounded."""
-        message = (
-            Cancel(error.text[:4096])
-            if isinstance(error, MigrationCancelled) and self.phase is not Phase.IN_DOUBT
-            else Failed(error.code, error.text[:16_384], _plain_details(error))
-        )
+        """Tell the peer why we give up, if it can still be told and does not know. Never raises; bounded."""
+        word = _last_word(error, self.phase)
         with trio.move_on_after(GOODBYE_DEADLINE_S, shield=True), contextlib.suppress(VmMigrateError):
+            owes, self._owes_reason = self._owes_reason, False
             if not self.session.is_over:
-                await self.send(message)
+                await self.send(word)
+            elif owes:
+                # The session failed by our own judgement, so it says nothing more; the peer's is still open.
+                await self.send_bytes(encode_frame(encode(word)))
 
     async def read_forever(self) -> None:
         """The reader: runs until the link ends, the conversation is over, or it is cancelled."""
@@ -172,17 +186,32 @@ class Channel:
             while await self._read_some():
                 pass
         except VmMigrateError as exc:
+            self._owes_reason = isinstance(exc, RemoteProtocolError)
             self.fail(exc)
 
     async def beat_forever(self) -> None:
-        """Heartbeats out; silence of the peer noticed."""
-        while self._failure is None and not self.session.is_over:
+        """Heartbeats out."""
+        while self._is_live:
             await trio.sleep(HEARTBEAT_INTERVAL_S)
-            silent_s = trio.current_time() - self._last_heard
-            if silent_s > SILENCE_LIMIT_S:
-                self.fail(TransportError(f"the {self.role.peer} is silent for {silent_s:.0f} s", code="peer_silent"))
-            elif not self.session.is_over:
+            if self._is_live:
                 await self._beat()
+
+    async def watch_forever(self) -> None:
+        """Notice a peer that says nothing. Not in `beat_forever`: what we send may long wait for a peer that is stuck.
+
+        Counted in turns of our own: when it is we who were stopped, the peer is not to blame.
+        """
+        silent_s = 0.0
+        while self._is_live:
+            heard = self._heard
+            await trio.sleep(HEARTBEAT_INTERVAL_S)
+            silent_s = silent_s + HEARTBEAT_INTERVAL_S if self._heard == heard else 0.0
+            if silent_s >= SILENCE_LIMIT_S:
+                self.fail(TransportError(f"the {self.role.peer} is silent for {silent_s:.0f} s", code="peer_silent"))
+
+    @property
+    def _is_live(self) -> bool:
+        return self._failure is None and not self.session.is_over
 
     async def _beat(self) -> None:
         try:
@@ -194,15 +223,18 @@ class Channel:
         """Read once; False at the end of the conversation."""
         with map_tls_errors(f"receiving from the {self.role.peer}"):
             chunk = await self._stream.receive_some(_RECEIVE_BYTES)
-        self._last_heard = trio.current_time()
-        if not chunk:
-            self.session.receive_eof()
-            self.fail(TransportError(f"the {self.role.peer} closed the connection", code="link_lost"))
+        self._heard += 1
+        if self.session.is_over:
+            # What comes now crossed our last word on its way; it neither belongs here nor is a fault.
             return False
+        if not chunk:
+            with contextlib.suppress(RemoteProtocolError):
+                self.session.receive_eof()
+            raise TransportError(f"the {self.role.peer} closed the connection", code="link_lost")
         self.session.receive_data(chunk)
-        while (message := self.session.next_message()) is not None:
+        while not self.session.is_over and (message := self.session.next_message()) is not None:
             self._deliver(message)
-        return True
+        return not self.session.is_over
 
     def _deliver(self, message: Message) -> None:
         if isinstance(message, Heartbeat):
@@ -229,21 +261,38 @@ class Channel:
         self._wakeup = trio.Event()
 
 
-def _plain_details(error: VmMigrateError) -> dict[str, object]:
-    """Details that fit the wire: the codec's check is the judge, a refusal must not fail for its details."""
+def _last_word(error: VmMigrateError, phase: Phase) -> Message:
+    """What tells *error*, such that it fits the wire: a goodbye must not fail for its text or its details."""
+    text = error.text.encode(errors="backslashreplace").decode()
+    if isinstance(error, MigrationCancelled) and phase is not Phase.IN_DOUBT:
+        return Cancel(text[:_MAX_REASON_CHARS])
+    word = Failed(error.code, text[:_MAX_TEXT_CHARS], error.details)
     try:
-        return plain_map(error.details)
-    except ValueError:
-        return {}
+        encode_frame(encode(word))
+    except LocalProtocolError:
+        return replace(word, details={})
+    return word
+
+
+def refusal_of(error: VmMigrateError) -> Refuse:
+    """A refusal that tells *error*, such that it fits the wire."""
+    text = error.text.encode(errors="backslashreplace").decode()[:_MAX_TEXT_CHARS]
+    word = Refuse(error.code, text, error.details)
+    try:
+        encode_frame(encode(word))
+    except LocalProtocolError:
+        return replace(word, details={})
+    return word
 
 
 @contextlib.asynccontextmanager
 async def open_channel(stream: TlsStream, role: Role) -> AsyncIterator[Channel]:
-    """A channel over *stream* with its reader and its heartbeat. The stream is the caller's to close."""
+    """A channel over *stream* with its reader, heartbeat and watch. The stream is the caller's to close."""
     channel = Channel(stream, Session(role))
     async with open_group() as nursery:
         nursery.start_soon(channel.read_forever)
         nursery.start_soon(channel.beat_forever)
+        nursery.start_soon(channel.watch_forever)
         try:
             yield channel
         finally:

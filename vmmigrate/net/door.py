@@ -5,7 +5,9 @@ destination says hello: migration, session, stream, direction, and a proof by a 
 session's control connection can derive. The source answers with a proof of its own. No buffer is given, and no record
 read, before both proofs were checked. A (session, stream) opens once.
 
-Handshakes run in threads of their own, capped, each with one deadline for everything before the proof.
+Handshakes run in threads of their own, capped, each with one deadline for everything before the proof. One stranger
+more than the cap pushes out the oldest, which had the longest chance: strangers that stall do not keep out a peer. Who
+has proved his session is no stranger any more, and is not pushed out.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from vmmigrate.net.bulk import TlsLink
 from vmmigrate.net.identity import Call, Identity, check_allowed
 from vmmigrate.net.secrets import SessionSecrets, proof
 from vmmigrate.net.threads import open_group, run_joined
-from vmmigrate.net.tls import TlsContext, connect_blocking, map_tls_errors, wrap_blocking_server
+from vmmigrate.net.tls import (
+    OnRefusal,
+    TlsContext,
+    address_text,
+    connect_blocking,
+    map_tls_errors,
+    wrap_blocking_server,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -37,8 +46,23 @@ HELLO = struct.Struct("!8s16sIHBB32s")  # magic, migration, session, stream, dir
 PROOF_BYTES = 32
 DIRECTION_TO_DESTINATION = 1
 HELLO_DEADLINE_S = 5.0
-MAX_STRANGERS = 16
+MAX_STRANGERS = 64
 OPEN_DEADLINE_S = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoorLimits:
+    """What strangers and peers may use up.
+
+    Attributes:
+        hello_deadline_s: From accept to a proven hello.
+        max_strangers: Connections that have not proved their session yet.
+        open_deadline_s: From the beginning of `collect` until every stream of the session is open.
+    """
+
+    hello_deadline_s: float = HELLO_DEADLINE_S
+    max_strangers: int = MAX_STRANGERS
+    open_deadline_s: float = OPEN_DEADLINE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +99,49 @@ class Appointment:
     changed: trio.Event = field(default_factory=trio.Event)
 
 
-class BulkDoor:
-    """The bulk port of a source daemon."""
+@dataclass(eq=False)
+class _Visitor:
+    """One connection until it belongs to an appointment.
 
-    def __init__(self, credentials: Callable[[], TlsContext]) -> None:
+    `handle` is a second descriptor of it: TLS takes over the first one, and then only this one can end the thread.
+    """
+
+    sock: socket.socket
+    handle: socket.socket
+    context: TlsContext
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    is_proven: bool = False
+
+    def shut(self) -> None:
+        # Once proven it may be in the hands of its migration, and its thread is about to return by itself.
+        if not self.is_proven:
+            _shut(self.handle)
+
+
+def log_refusal(peer: str, error: VmMigrateError) -> None:
+    """The default `on_refusal`: one event with the peer's address, code and text."""
+    log.info("bulk.refused", peer=peer, code=error.code, text=error.text)
+
+
+class BulkDoor:
+    """The bulk port of a source daemon. *on_refusal* is told (address, error) of everybody who did not get in."""
+
+    def __init__(
+        self,
+        credentials: Callable[[], TlsContext],
+        limits: DoorLimits | None = None,
+        *,
+        on_refusal: OnRefusal = log_refusal,
+    ) -> None:
         self._credentials = credentials
+        self._limits = limits or DoorLimits()
+        self._on_refusal = on_refusal
         self._appointments: dict[tuple[str, int], Appointment] = {}
-        self._strangers = 0
-        self._limiter = trio.CapacityLimiter(MAX_STRANGERS)
+        self._strangers: list[_Visitor] = []  # oldest first
+        self._limiter = trio.CapacityLimiter(self._limits.max_strangers)
 
     async def serve(self, listeners: Sequence[trio.SocketListener]) -> None:
-        """Accept until cancelled. Strangers above the cap are closed at once."""
+        """Accept until cancelled. One stranger above the cap pushes out the oldest."""
         await trio.serve_listeners(self._meet, list(listeners))
 
     @contextlib.contextmanager
@@ -106,12 +162,13 @@ class BulkDoor:
         Raises: TransportError `bulk_timeout`: some did not come in time.
         """
         try:
-            with trio.fail_after(OPEN_DEADLINE_S):
+            with trio.fail_after(self._limits.open_deadline_s):
                 while len(appointment.links) < appointment.streams:
                     await appointment.changed.wait()
         except trio.TooSlowError:
             raise TransportError(
-                f"{len(appointment.links)} of {appointment.streams} bulk streams came within {OPEN_DEADLINE_S:g} s",
+                f"{len(appointment.links)} of {appointment.streams} bulk streams came within"
+                f" {self._limits.open_deadline_s:g} s",
                 code="bulk_timeout",
             ) from None
         links = tuple(appointment.links[i] for i in range(appointment.streams))
@@ -119,31 +176,52 @@ class BulkDoor:
         return links
 
     async def _meet(self, stream: trio.SocketStream) -> None:
-        if self._strangers >= MAX_STRANGERS:
-            await trio.aclose_forcefully(stream)
-            return
-        peer_name = _peer_name(stream.socket)
+        context = self._credentials()
         sock = socket.socket(fileno=stream.socket.detach())
-        self._strangers += 1
         try:
-            sock.setblocking(True)
-            await run_joined(lambda: self._admit(sock), end=lambda: _shut(sock), limiter=self._limiter)
+            peer_name = address_text(*sock.getpeername()[:2])
+            visitor = _Visitor(sock, sock.dup(), context)
+        except OSError as exc:  # gone again already, or no descriptors left
+            sock.close()
+            self._on_refusal("a peer that is gone", TransportError(f"bulk connection not taken: {exc}"))
+            return
+        self._make_room()
+        self._strangers.append(visitor)
+        try:
+            await self._host(visitor)
         except VmMigrateError as exc:
-            log.info("bulk.refused", peer=peer_name, code=exc.code, text=exc.text)
+            self._on_refusal(peer_name, exc)
         finally:
-            self._strangers -= 1
+            self._no_stranger(visitor)
+            visitor.handle.close()
 
-    def _admit(self, sock: socket.socket) -> None:
+    async def _host(self, visitor: _Visitor) -> None:
+        with visitor.scope:
+            await run_joined(lambda: self._admit(visitor), end=visitor.shut, limiter=self._limiter)
+        if visitor.scope.cancelled_caught and not visitor.is_proven:
+            raise TransportError(
+                f"bulk hello: shed, more than {self._limits.max_strangers} strangers at once", code="too_many_strangers"
+            )
+
+    def _make_room(self) -> None:
+        while len(self._strangers) >= self._limits.max_strangers:
+            self._strangers.pop(0).scope.cancel()
+
+    def _no_stranger(self, visitor: _Visitor) -> None:
+        if visitor in self._strangers:
+            self._strangers.remove(visitor)
+
+    def _admit(self, visitor: _Visitor) -> None:
         """In a thread: TLS, hello, proof, answer; then hand the link to its appointment."""
-        deadline = time.monotonic() + HELLO_DEADLINE_S
-        tls, identity = wrap_blocking_server(sock, self._credentials(), HELLO_DEADLINE_S)
+        deadline = time.monotonic() + self._limits.hello_deadline_s
+        visitor.sock.setblocking(True)
+        tls, identity = wrap_blocking_server(visitor.sock, visitor.context, self._limits.hello_deadline_s)
         try:
             check_allowed(identity, Call.BULK)
-            tls.settimeout(max(deadline - time.monotonic(), 0.001))
             with map_tls_errors(f"bulk hello of {identity}", late="hello_timeout"):
                 raw = _receive_exactly(tls, HELLO.size, deadline)
             hello, claimed = _parse_hello(raw)
-            appointment = self._check(hello, claimed, identity)
+            appointment = trio.from_thread.run_sync(self._check, visitor, hello, claimed, identity)
             with map_tls_errors(f"bulk hello of {identity}"):
                 tls.sendall(_proof_of_source(appointment.secrets, hello))
             trio.from_thread.run_sync(self._hand_over, appointment, hello, tls, identity)
@@ -151,11 +229,8 @@ class BulkDoor:
             tls.close()
             raise
 
-    def _check(self, hello: StreamHello, claimed: bytes, identity: Identity) -> Appointment:
+    def _check(self, visitor: _Visitor, hello: StreamHello, claimed: bytes, identity: Identity) -> Appointment:
         """The appointment that *hello* proves to belong to; its stream is taken from now on."""
-        return trio.from_thread.run_sync(self._check_on_loop, hello, claimed, identity)
-
-    def _check_on_loop(self, hello: StreamHello, claimed: bytes, identity: Identity) -> Appointment:
         appointment = self._appointments.get((hello.migration_id, hello.session_number))
         if appointment is None:
             raise IdentityError(
@@ -168,10 +243,12 @@ class BulkDoor:
         if hello.stream >= appointment.streams or hello.stream in appointment.taken:
             raise IdentityError(f"bulk stream {hello.stream} is not free to open", code="bulk_unexpected")
         appointment.taken.add(hello.stream)
+        visitor.is_proven = True
+        self._no_stranger(visitor)
         return appointment
 
     def _hand_over(self, appointment: Appointment, hello: StreamHello, tls: ssl.SSLSocket, peer: Identity) -> None:
-        if (hello.migration_id, hello.session_number) not in self._appointments:
+        if self._appointments.get((hello.migration_id, hello.session_number)) is not appointment:
             raise IdentityError("the migration ended while its bulk stream came", code="bulk_unexpected")
         appointment.links[hello.stream] = TlsLink(tls, str(peer))
         appointment.changed.set()
@@ -179,9 +256,16 @@ class BulkDoor:
 
 
 async def open_streams(
-    host: str, port: int, context: TlsContext, source: Identity, secrets: SessionSecrets, streams: int
+    host: str,
+    port: int,
+    context: TlsContext,
+    source: Identity,
+    secrets: SessionSecrets,
+    streams: int,
+    *,
+    deadline_s: float = HELLO_DEADLINE_S,
 ) -> tuple[TlsLink, ...]:
-    """Open and prove all bulk streams of a session, as the destination.
+    """Open and prove all bulk streams of a session, as the destination; each within *deadline_s*.
 
     Raises: TransportError, IdentityError; then none is left open.
     """
@@ -191,7 +275,7 @@ async def open_streams(
     async def open_one(stream: int) -> None:
         hello = StreamHello(secrets.context.migration_id, secrets.context.session_number, stream)
         links[stream] = await trio.to_thread.run_sync(
-            _open_one, host, port, context, source, secrets, hello, limiter=limiter
+            _open_one, host, port, context, source, secrets, hello, deadline_s, limiter=limiter
         )
 
     try:
@@ -206,10 +290,16 @@ async def open_streams(
 
 
 def _open_one(
-    host: str, port: int, context: TlsContext, source: Identity, secrets: SessionSecrets, hello: StreamHello
+    host: str,
+    port: int,
+    context: TlsContext,
+    source: Identity,
+    secrets: SessionSecrets,
+    hello: StreamHello,
+    deadline_s: float,
 ) -> TlsLink:
-    deadline = time.monotonic() + HELLO_DEADLINE_S
-    tls, identity = connect_blocking(host, port, context, source, HELLO_DEADLINE_S)
+    deadline = time.monotonic() + deadline_s
+    tls, identity = connect_blocking(host, port, context, source, deadline_s)
     try:
         with map_tls_errors(f"bulk hello to {identity}", first_answer=True, late="hello_timeout"):
             tls.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -246,10 +336,3 @@ def _receive_exactly(tls: ssl.SSLSocket, size: int, deadline: float) -> bytes:
 def _shut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # gone, or taken over by its TLS socket, which has a deadline of its own
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def _peer_name(sock: trio.socket.SocketType) -> str:
-    try:
-        return str(sock.getpeername())
-    except OSError:
-        return "gone"

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from vmmigrate.errors import RemoteProtocolError
+
 RANDOM_BYTES = 32
 
 
@@ -37,6 +39,9 @@ class SessionSecrets:
     __slots__ = ("_context", "_salt")
 
     def __init__(self, context: SessionContext, destination_random: bytes, source_random: bytes) -> None:
+        """Raises: RemoteProtocolError `bad_message`: a random of another length than 32; ours never is."""
+        if {len(destination_random), len(source_random)} != {RANDOM_BYTES}:
+            raise RemoteProtocolError(f"the random of a session has {RANDOM_BYTES} bytes", code="bad_message")
         self._context = context
         self._salt = destination_random + source_random
 

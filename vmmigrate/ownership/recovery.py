@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 from vmmigrate.ownership.records import Epoch
 from vmmigrate.ownership.state import Holding, Incoming, IncomingState, InstanceState, Outgoing, Ownership
@@ -34,7 +35,8 @@ class Step(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SeenGuest:
-    """A guest process that answered after the restart."""
+    """A guest process that answered after the restart. `epoch` is the one under which it was told to run last:
+    opening disks under a newer one does not count."""
 
     running: bool
     epoch: Epoch
@@ -49,18 +51,27 @@ class RecoveryStep:
     reason: str = ""
 
 
-def plan(state: Ownership, guests: Mapping[str, SeenGuest], newest_record: int) -> tuple[RecoveryStep, ...]:
+def plan(
+    state: Ownership,
+    guests: Mapping[str, SeenGuest],
+    newest_record: int,
+    unreachable: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[RecoveryStep, ...]:
     """The steps of a recovery, in the order to take them.
 
     Args:
         guests: By instance id: every guest process that was found.
         newest_record: Number of the last record in the journal. A guest that was told of a later one proves that
             this journal is an older copy: nothing is decided for that instance.
+        unreachable: By instance id, why: guest processes that are there and could not be adopted. They are not dead,
+            so nothing is decided for them either.
     """
     steps: list[RecoveryStep] = []
     shortened = {name for name, seen in guests.items() if seen.last_record > newest_record}
+    steps += [RecoveryStep(Step.INDETERMINATE, name, reason=why) for name, why in sorted(unreachable.items())]
     for name in sorted(shortened):
         steps.append(RecoveryStep(Step.INDETERMINATE, name, reason="the journal is shorter than the guest remembers"))
+    shortened |= unreachable.keys()
     for name, known in state.instances.items():
         if name not in shortened:
             steps.extend(_instance_steps(state, known, guests.get(name)))

@@ -77,8 +77,11 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Lose:
+    """A guest process ended by itself. `guest` names it; None: whatever process the journal knows."""
+
     instance: str
     reason: str
+    guest: r.Spawned | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +106,12 @@ class BeginPause:
 
 @dataclass(frozen=True, slots=True)
 class EndAttempt:
-    """The attempt failed or was cancelled before `released`."""
+    """The attempt failed or was cancelled before `released`. `only_in` are the stages that the caller has seen:
+    in any other nothing is written, because the attempt went on meanwhile."""
 
     migration: str
     code: str
+    only_in: frozenset[Outgoing] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +258,8 @@ def _create(state: Ownership, event: Create) -> Decision:
 def _spawn(state: Ownership, event: Spawn) -> Decision:
     migration = event.spawned.migration
     if migration is None:
-        _held(state, event.spawned.instance)
+        if _held(state, event.spawned.instance).guest is not None:
+            raise RequestError(f"instance {event.spawned.instance} has a guest process already", code="running")
     elif _incoming(state, migration).stage is not Incoming.RESERVED:
         raise OwnershipRefusal(f"migration {migration} is over", code="migration_over")
     return Decision((event.spawned,))
@@ -283,8 +289,10 @@ def _remove(state: Ownership, event: Remove) -> Decision:
 
 
 def _lose(state: Ownership, event: Lose) -> Decision:
-    known = _instance(state, event.instance)
-    if known.holding not in {Holding.HELD, Holding.RELEASED}:
+    known = state.instances.get(event.instance)
+    if known is None or known.holding not in {Holding.HELD, Holding.RELEASED}:
+        return Decision()
+    if event.guest is not None and known.guest != event.guest:
         return Decision()
     if known.holding is Holding.RELEASED:
         # The destination may still start it; what is lost here is only the copy to fall back upon.
@@ -306,7 +314,8 @@ def _outgoing(state: Ownership, migration: str) -> OutgoingState:
 
 def _issue_ticket(state: Ownership, event: IssueTicket) -> Decision:
     ticket = event.ticket
-    _held(state, ticket.instance)
+    if _held(state, ticket.instance).guest is None:
+        raise RequestError(f"instance {ticket.instance} has no guest on this host; start it", code="not_running")
     if ticket.migration in state.outgoing or ticket.migration in state.incoming:
         raise RequestError(f"migration id {ticket.migration} was used before", code="migration_exists")
     previous = state.open_outgoing(ticket.instance)
@@ -348,6 +357,8 @@ def _end_attempt(state: Ownership, event: EndAttempt) -> Decision:
     outgoing = _outgoing(state, event.migration)
     if outgoing.stage is Outgoing.RELEASED:
         raise OwnershipRefusal(f"migration {event.migration} is in doubt", code="in_doubt")
+    if event.only_in is not None and outgoing.stage not in event.only_in:
+        return Decision()
     if outgoing.stage is Outgoing.PAUSING:
         return Decision((r.Resumed(event.migration),))
     if outgoing.stage in {Outgoing.AWAITING_PEER, Outgoing.ACTIVE}:

@@ -73,7 +73,8 @@ class RamDigest:
         """Take note of *pages*, shape (n, 512); pages must come in ascending order, and skipped ones count as zero."""
         kept = pages.max(axis=1) != 0
         self._flags[first_page : first_page + len(pages)] = kept
-        self._content.update(np.ascontiguousarray(pages if kept.all() else pages[kept]).data.cast("B"))
+        if kept.any():  # a view of nothing cannot be cast
+            self._content.update(np.ascontiguousarray(pages if kept.all() else pages[kept]).data.cast("B"))
 
     def digest(self) -> bytes:
         bitmap = np.packbits(self._flags, bitorder="little").tobytes()

@@ -6,6 +6,7 @@ own. A build that fails or is cancelled leaves nothing: no process, descriptor, 
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +20,7 @@ from vmmigrate.hypervisor.base import Capabilities, Capability, Guest, GuestPlan
 from vmmigrate.hypervisor.dirty import DirtyTracker, KernelTracker, SoftwareTracker, probe_kernel_tracking
 from vmmigrate.hypervisor.embedded import plans, spawn
 from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
+from vmmigrate.hypervisor.embedded.programs import program_problems
 from vmmigrate.hypervisor.embedded.rammap import MappedRam
 from vmmigrate.hypervisor.embedded.remote import EmbeddedGuest
 
@@ -27,6 +29,7 @@ WrapTracker = Callable[[DirtyTracker], DirtyTracker]
 
 REQUEST_DEADLINE_S: Final = 10.0
 START_DEADLINE_S: Final = 30.0
+END_DEADLINE_S: Final = 30.0
 
 
 class EmbeddedHypervisor:
@@ -84,6 +87,10 @@ class EmbeddedHypervisor:
         if dirty_tracking == "kernel" and reason:
             raise HypervisorError(f"kernel dirty tracking does not work here: {reason}", code="dirty_tracking")
         return cls(runtime_dir, _capabilities(reason), witness_dir=witness_dir, **options)
+
+    def problems(self, plan: GuestPlan) -> list[str]:
+        parameters = dict(plan.program)
+        return program_problems(str(parameters.pop("name", "idle")), parameters)
 
     async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
         if plan.instance_id != stamp.instance_id:
@@ -183,10 +190,17 @@ def _capabilities(no_kernel_tracking: str) -> Capabilities:
 
 
 def _end_process(process: GuestProcess, files: spawn.GuestFiles) -> bool:
-    """Kill the very process that *process* names, if it is still there, and remove its files."""
+    """Kill the very process that *process* names, if it is still there, wait until it is gone, remove its files.
+
+    Raises: HypervisorError `guest_unresponsive`: it does not die.
+    """
     watch = spawn.find(process.pid, process.start_ticks)
     if watch is not None:
         watch.kill()
+        select.select([watch.fd], [], [], END_DEADLINE_S)
+        alive = watch.is_alive()
         watch.close()
+        if alive:
+            raise HypervisorError(f"process {process.pid} does not end", code="guest_unresponsive")
     files.remove()
     return watch is not None

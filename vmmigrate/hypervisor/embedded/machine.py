@@ -50,6 +50,7 @@ class Machine:
         self.last_record = 0
         self._witness = witness
         self._epoch_seen = stamp.epoch
+        self._epoch_run = (0, 0)
         self._handoff: str | None = None
         self._boot_hrtime, self._tsc_hrtime, self._tsc = time.monotonic_ns(), time.monotonic_ns(), 0
         self._moves = 0
@@ -100,6 +101,7 @@ class Machine:
             raise HypervisorError("built for a migration, and its devices have not come yet", code="not_imported")
         self.open_backends(epoch)
         self._handoff = None
+        self._epoch_run = epoch
         if not self.running:
             self._witness.begin(self.stamp.epoch)
             self._heartbeat.resume()
@@ -176,6 +178,7 @@ class Machine:
             "run_state": (RunState.RUNNING if self.running else RunState.PAUSED).value,
             "heartbeats": self._heartbeat.counter,
             "last_record": self.last_record,
+            "ran_epoch": list(self._epoch_run),
             "backends_open": self._backends_open,
             "handoff": self._handoff,
             "program": {**program, "moves": self._moves, "announcements": announcements},

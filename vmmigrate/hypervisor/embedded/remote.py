@@ -308,6 +308,7 @@ def _status(tree: Mapping[str, Any]) -> GuestStatus:
         run_state=RunState(tree["run_state"]),
         heartbeats=tree["heartbeats"],
         last_record=tree["last_record"],
+        ran_epoch=(tree["ran_epoch"][0], tree["ran_epoch"][1]),
         backends_open=tree["backends_open"],
         program=tree["program"],
         handoff=tree["handoff"],
