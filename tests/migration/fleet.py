@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +18,8 @@ from tests.migration.processes import end_guests
 from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.daemon.config import Config, read_config
 from vmmigrate.daemon.server import run_daemon
-from vmmigrate.errors import VmMigrateError
-from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp, Hypervisor
+from vmmigrate.errors import JournalError, VmMigrateError
+from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
 from vmmigrate.hypervisor.embedded.witness import Verdict, check_single_owner, read_witnesses
 from vmmigrate.net import pki
@@ -60,6 +62,7 @@ class RunningHost:
     facts: Mapping[str, Any]
     scope: trio.CancelScope
     stopped: trio.Event
+    failures: list[JournalError]
     hypervisor: ObservedHypervisor
 
     async def instance(self, instance_id: str) -> dict[str, Any]:
@@ -102,19 +105,22 @@ class Fleet:
         *,
         allow: str = "",
         limits: str = "",
+        api_port: int = 0,
         hypervisor_class: type[ObservedHypervisor] = ObservedHypervisor,
+        fsync: Callable[[int], None] = os.fsync,
         **options: Any,
     ) -> RunningHost:
         """Start (or restart) the daemon of host *name*."""
         directory = self.root / name
-        config = read_config(_write_config(self.root, directory, name, allow, limits))
+        config = read_config(_write_config(self.root, directory, name, allow, limits, api_port))
         hypervisor = await hypervisor_class.open(
             config.directories.runtime, witness_dir=self.root / "witness", **options
         )
-        scope, stopped = trio.CancelScope(), trio.Event()
-        facts: Mapping[str, Any] = await self.nursery.start(_run, config, hypervisor, scope, stopped)
+        scope, stopped, failures = trio.CancelScope(), trio.Event(), list[JournalError]()
+        run = partial(run_daemon, config, hypervisor=hypervisor, fsync=fsync)
+        facts: Mapping[str, Any] = await self.nursery.start(_run, run, scope, stopped, failures)
         client = await self.stack.enter_async_context(open_client(facts["api_url"], self.operator))
-        host = RunningHost(name, config, facts["api_url"], client, facts, scope, stopped, hypervisor)
+        host = RunningHost(name, config, facts["api_url"], client, facts, scope, stopped, failures, hypervisor)
         self.hosts[name] = host
         return host
 
@@ -129,26 +135,28 @@ class Fleet:
 
 
 async def _run(
-    config: Config,
-    hypervisor: Hypervisor,
+    run: Callable[..., Awaitable[None]],
     scope: trio.CancelScope,
     stopped: trio.Event,
+    failures: list[JournalError],
     task_status: trio.TaskStatus[Mapping[str, Any]],
 ) -> None:
     try:
         with scope:
-            await run_daemon(config, task_status.started, hypervisor)
+            await run(on_ready=task_status.started)
+    except JournalError as failure:
+        failures.append(failure)
     finally:
         stopped.set()
 
 
-def _write_config(root: Path, directory: Path, name: str, allow: str, limits: str) -> Path:
+def _write_config(root: Path, directory: Path, name: str, allow: str, limits: str, api_port: int) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / "daemon.toml"
     path.write_text(
         f"""
 [listen]
-api = "127.0.0.1:0"
+api = "127.0.0.1:{api_port}"
 migration = "127.0.0.1:0"
 bulk = "127.0.0.1:0"
 [tls]

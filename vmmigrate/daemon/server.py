@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,11 +39,17 @@ async def run_until_signal(config: Config, on_ready: OnReady) -> None:
         await run_daemon(config, on_ready)
 
 
-async def run_daemon(config: Config, on_ready: OnReady, hypervisor: Hypervisor | None = None) -> None:
+async def run_daemon(
+    config: Config,
+    on_ready: OnReady,
+    hypervisor: Hypervisor | None = None,
+    fsync: Callable[[int], None] = os.fsync,
+) -> None:
     """Serve until cancelled. Guests outlive the daemon.
 
     Args:
         on_ready: Told the bound ports and URLs once everything is served.
+        fsync: For the journal and all documents; a disk that fails is a fault to be tested.
 
     Raises:
         UsageError, IdentityError, JournalError, HypervisorError: it cannot start; nothing is left open.
@@ -55,7 +62,7 @@ async def run_daemon(config: Config, on_ready: OnReady, hypervisor: Hypervisor |
             f"{files.certificate}: {identity} is no host; a daemon needs a host's certificate", code="wrong_role"
         )
     credentials = ServerCredentials(files)
-    journal, documents = await trio.to_thread.run_sync(_open_state, config.directories.state)
+    journal, documents = await trio.to_thread.run_sync(_open_state, config.directories.state, fsync)
     instances: dict[str, Instance] = {}
     try:
         hypervisor = hypervisor or await EmbeddedHypervisor.open(config.directories.runtime)
@@ -70,12 +77,12 @@ async def run_daemon(config: Config, on_ready: OnReady, hypervisor: Hypervisor |
         journal.close()
 
 
-def _open_state(state: Path) -> tuple[AsyncJournal, DocumentStore]:
+def _open_state(state: Path, fsync: Callable[[int], None]) -> tuple[AsyncJournal, DocumentStore]:
     try:
-        documents = DocumentStore(state)
+        documents = DocumentStore(state, fsync)
     except OSError as exc:
         raise UsageError(f"{state}: {exc.strerror}", code="bad_state_directory") from None
-    return AsyncJournal(Journal(state / "journal.vmmj")), documents
+    return AsyncJournal(Journal(state / "journal.vmmj", fsync)), documents
 
 
 async def _serve(host: Host, credentials: ServerCredentials, nursery: trio.Nursery, on_ready: OnReady) -> None:
