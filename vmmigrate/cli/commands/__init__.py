@@ -1,0 +1,1 @@
+"""One module per group of commands. Their own imports are light: `--help` loads them."""
