@@ -124,6 +124,7 @@ def test_all_records_of_one_decision_share_one_fsync(path: Path) -> None:
     disk = Disk()
     with closing(Journal(path, disk.fsync)) as journal:
         journal.commit(rules.Create("vm1"))
+        journal.commit(rules.Spawn(r.Spawned("vm1", None, 7, 1, "/run/7.sock")))
         for migration in ("m1", "m2"):
             before = disk.calls
             decision = journal.commit(rules.IssueTicket(r.TicketIssued(migration, "vm1", "b", "hash", 60)))

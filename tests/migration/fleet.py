@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
-from tests.migration.processes import end_guests
+from tools.faults.site import end_guests
 from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.daemon.config import Config, read_config
 from vmmigrate.daemon.server import run_daemon

@@ -8,7 +8,7 @@ from typing import Any
 import trio
 
 from tests.migration.fleet import begin, check, create, migrate, stress, wait_outcome
-from tests.migration.processes import HostProcess, guest_pids, open_site
+from tools.faults.site import HostProcess, guest_pids, open_site
 from vmmigrate.hypervisor.embedded.witness import check_single_owner, read_witness
 
 
@@ -50,7 +50,7 @@ async def test_the_source_goes_on_when_the_destination_daemon_is_killed_in_pre_c
         assert await beta.client.get("/v1/instances") == []
         assert len(guest_pids(tmp_path)) == 1
         assert list((tmp_path / "run-beta").glob("*.sock")) == []
-        owners = check_single_owner(_intervals(tmp_path, "gamma"))
+        owners = check_single_owner(_intervals(tmp_path))
         assert owners.single, owners.problems
 
 
@@ -76,8 +76,8 @@ async def test_a_killed_source_daemon_takes_its_running_guest_over_again(tmp_pat
         assert len(guest_pids(tmp_path)) == 1
 
 
-def _intervals(root: Path, host: str) -> list[Any]:
-    return [interval for path in (root / f"run-{host}").glob("*.witness") for interval in read_witness(path)]
+def _intervals(root: Path) -> list[Any]:
+    return [interval for path in (root / "witness").glob("*.witness") for interval in read_witness(path)]
 
 
 async def _filled(host: HostProcess, instance: str, pages: int) -> None:

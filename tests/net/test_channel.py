@@ -33,6 +33,7 @@ from vmmigrate.net.channel import (
     TRUE_REASON_S,
     Channel,
     open_channel,
+    refusal_of,
 )
 from vmmigrate.net.tls import (
     TlsFiles,
@@ -598,24 +599,31 @@ async def test_after_a_message_that_was_cut_short_nothing_more_is_sent(ends: End
             await channel.send_bytes(raw(m.Heartbeat()))
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        VmMigrateError("x" * 100_000, code="long"),
-        VmMigrateError("a path \udcff of odd bytes", code="odd_text"),
-        VmMigrateError("x", code="odd_details", details={"error": ZeroDivisionError()}),
-        VmMigrateError("x", code="big_details", details={"all": ["y" * 1000] * 1000}),
-        VmMigrateError("x", code="odd_text_in_details", details={"path": "\udcff"}),
-        VmMigrateError("x", code="big_number", details={"number": 1 << 80}),
-    ],
-    ids=lambda error: error.code,
-)
+ODD_ERRORS = [
+    VmMigrateError("x" * 100_000, code="long"),
+    VmMigrateError("a path \udcff of odd bytes", code="odd_text"),
+    VmMigrateError("x", code="odd_details", details={"error": ZeroDivisionError()}),
+    VmMigrateError("x", code="big_details", details={"all": ["y" * 1000] * 1000}),
+    VmMigrateError("x", code="odd_text_in_details", details={"path": "\udcff"}),
+    VmMigrateError("x", code="big_number", details={"number": 1 << 80}),
+]
+
+
+@pytest.mark.parametrize("error", ODD_ERRORS, ids=lambda error: error.code)
 async def test_a_reason_arrives_however_odd_its_text_and_details(ends: Ends, error: VmMigrateError) -> None:
     """The code is what both records must share."""
     async with ends.pair(Phase.RAM_PRE_PAUSE) as pair:
         await pair.source.say_goodbye(error)
 
         assert (await failure_of(pair.destination)).code == error.code
+
+
+@pytest.mark.parametrize("error", ODD_ERRORS, ids=lambda error: error.code)
+async def test_a_refusal_arrives_however_odd_its_text_and_details(ends: Ends, error: VmMigrateError) -> None:
+    async with ends.pair(Phase.OFFERED) as pair:
+        await pair.source.send(refusal_of(error))
+
+        assert (await pair.destination.expect(m.Refuse, deadline_s=5)).code == error.code
 
 
 @pytest.mark.parametrize("text", ["x" * 100_000, "\udcff"], ids=["long", "odd"])
@@ -696,12 +704,13 @@ async def test_a_peer_that_has_failed_is_not_told_its_own_reason(ends: Ends, clo
         assert more.cancelled_caught
 
 
-async def test_messages_that_nobody_takes_are_capped(ends: Ends) -> None:
+async def test_messages_that_nobody_takes_are_capped_in_number(ends: Ends) -> None:
+    """As many as a guest may have device payloads wait; one more ends the conversation."""
     async with ends.pair(Phase.RAM_PRE_PAUSE) as pair:
-        await pair.wire.source.send_all(raw(ROUND_END) * 65)
+        await pair.wire.source.send_all(raw(ROUND_END) * 4097)
         await trio.testing.wait_all_tasks_blocked()
 
-        for _ in range(64):
+        for _ in range(4096):
             await pair.destination.expect(m.RoundEnd, deadline_s=5)
         assert (await failure_of(pair.destination)).code == "too_many_messages"
 

@@ -59,10 +59,16 @@ class Tls(_Section):
 
 
 class Directories(_Section):
-    """`state` must survive a restart of the host; `runtime` must not."""
+    """`state` must survive a restart of the host; `runtime` must not.
+
+    Attributes:
+        witness: Where guest processes write who ran when, and where that outlives them; default: in `runtime`, for as
+            long as the guest is there.
+    """
 
     state: FilePath
     runtime: FilePath
+    witness: FilePath | None = None
 
 
 class Allow(_Section):
@@ -133,7 +139,7 @@ def _plainly(error: Any) -> str:
 def _absolute(config: Config, base: Path) -> Config:
     base = base.resolve()
     tls = Tls.model_construct(**{name: base / value for name, value in config.tls})
-    directories = Directories.model_construct(**{name: base / value for name, value in config.directories})
+    directories = Directories.model_construct(**{name: value and base / value for name, value in config.directories})
     volumes = {name: base / path for name, path in config.allow.volumes.items()}
     allow = config.allow.model_copy(update={"paths": [base / path for path in config.allow.paths], "volumes": volumes})
     return config.model_copy(update={"tls": tls, "directories": directories, "allow": allow})

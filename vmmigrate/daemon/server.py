@@ -65,7 +65,9 @@ async def run_daemon(
     journal, documents = await trio.to_thread.run_sync(_open_state, config.directories.state, fsync)
     instances: dict[str, Instance] = {}
     try:
-        hypervisor = hypervisor or await EmbeddedHypervisor.open(config.directories.runtime)
+        hypervisor = hypervisor or await EmbeddedHypervisor.open(
+            config.directories.runtime, witness_dir=config.directories.witness
+        )
         async with open_group() as nursery:
             host = Host(config, identity, journal, documents, hypervisor, nursery, instances)
             nursery.start_soon(_stop_on_failure, host)

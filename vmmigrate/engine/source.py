@@ -75,7 +75,6 @@ async def _up_to_ready(channel: Channel, offer: m.Offer, migration: SourceMigrat
     try:
         with trio.fail_after(migration.options.timeout_s), channel.interruptible():
             agreed = await negotiate(channel, offer, migration)
-            await synchronise(channel, agreed, migration)
             async with _bulk_streams(channel, agreed, migration) as bulk:
                 dirty, rounds = await _copy_while_running(channel, bulk, migration)
                 await _pause(channel, migration, rounds + 1)
@@ -93,10 +92,14 @@ async def _up_to_ready(channel: Channel, offer: m.Offer, migration: SourceMigrat
 
 @contextlib.asynccontextmanager
 async def _bulk_streams(channel: Channel, agreed: Agreed, migration: SourceMigration) -> AsyncIterator[BulkSource]:
-    """The bulk streams of the session, closed on leaving; their threads are joined by then."""
+    """The bulk streams of the session, closed on leaving; their threads are joined by then.
+
+    They are expected before the preamble is sent: the destination opens them as soon as it has answered that.
+    """
     layout, pages = migration.live.ram.layout, migration.live.ram.pages
     page_hash = PageHash(agreed.secrets.key("page digest"))
     with migration.door.expect(agreed.secrets, migration.destination, agreed.select.streams) as appointment:
+        await synchronise(channel, agreed, migration)
         links = await migration.door.collect(appointment)
     bulk = BulkSource(links, layout, pages, page_hash)
     try:

@@ -241,7 +241,7 @@ class BulkSource:
         Raises: TransportError; the round counts as not sent. On cancellation the streams are shut down.
         """
         before = (self.pages_done, self.zero_pages, self.bytes_sent)
-        shares = [cut_at(runs, self._cuts) for runs in runs_per_stream(pages, len(self._senders))]
+        shares = await trio.to_thread.run_sync(self._deal_out, pages)
         async with open_group() as nursery:
             for sender, runs in zip(self._senders, shares, strict=True):
                 nursery.start_soon(self._send_stream, sender, runs, round_number, last)
@@ -249,6 +249,10 @@ class BulkSource:
         after = (self.pages_done, self.zero_pages, self.bytes_sent)
         done, zeros, sent = (new - old for new, old in zip(after, before, strict=True))
         return RoundSent(done, zeros, sent, records)
+
+    def _deal_out(self, pages: PageBitmap) -> list[Runs]:
+        """What each stream sends. Over a large guest this takes a while: not for the event loop."""
+        return [cut_at(runs, self._cuts) for runs in runs_per_stream(pages, len(self._senders))]
 
     async def _send_stream(self, sender: StreamSender, runs: Runs, round_number: int, last: bool) -> None:
         await run_joined(

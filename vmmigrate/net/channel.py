@@ -26,7 +26,16 @@ from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsStream, map_tls_errors
 from vmmigrate.wire.codec import encode
 from vmmigrate.wire.framing import encode_frame
-from vmmigrate.wire.messages import Cancel, Failed, Heartbeat, Message, Progress, Refuse
+from vmmigrate.wire.messages import (
+    Cancel,
+    ConsoleHistoryMessage,
+    DeviceState,
+    Failed,
+    Heartbeat,
+    Message,
+    Progress,
+    Refuse,
+)
 from vmmigrate.wire.phases import Phase, Role
 from vmmigrate.wire.session import Session
 
@@ -42,7 +51,9 @@ TRUE_REASON_S = 1.0
 _MAX_REASON_CHARS = 4096  # as codec.py allows them
 _MAX_TEXT_CHARS = 16_384
 _RECEIVE_BYTES = 1 << 16
-_MAX_QUEUED = 64
+# What may wait for `expect`: a guest's whole device state, in messages of any size, and no more.
+_MAX_QUEUED = 4096
+_MAX_QUEUED_BYTES = 320 << 20
 
 
 class Channel:
@@ -59,6 +70,7 @@ class Channel:
         self._stream = stream
         self._send_lock = trio.Lock()
         self._queue: deque[Message] = deque()
+        self._queued_bytes = 0
         self._wakeup = trio.Event()
         self._failure: VmMigrateError | None = None
         self._scopes: set[trio.CancelScope] = set()
@@ -123,6 +135,7 @@ class Channel:
                 f"no {names} from the {self.role.peer} within {deadline_s:g} s", code="timed_out"
             ) from None
         message = self._queue.popleft()
+        self._queued_bytes -= _bulk_of(message)
         if not isinstance(message, kinds):
             raise RemoteProtocolError(
                 f"{type(message).__name__} came where {' or '.join(kind.__name__ for kind in kinds)} was due",
@@ -246,9 +259,12 @@ class Channel:
             self.fail(PeerError(message.text, code=message.code, details=message.details))
         elif isinstance(message, Cancel):
             self.fail(MigrationCancelled(message.reason))
-        elif len(self._queue) >= _MAX_QUEUED:
-            raise RemoteProtocolError(f"more than {_MAX_QUEUED} unanswered messages", code="too_many_messages")
         else:
+            self._queued_bytes += _bulk_of(message)
+            if len(self._queue) >= _MAX_QUEUED or self._queued_bytes > _MAX_QUEUED_BYTES:
+                raise RemoteProtocolError(
+                    "more unanswered messages than a guest's state needs", code="too_many_messages"
+                )
             self._queue.append(message)
             self._wake()
 
@@ -259,6 +275,15 @@ class Channel:
     def _wake(self) -> None:
         self._wakeup.set()
         self._wakeup = trio.Event()
+
+
+def _bulk_of(message: Message) -> int:
+    """The bytes that *message* holds on to, of those messages that can hold many."""
+    if isinstance(message, DeviceState):
+        return sum(len(item.body) for item in message.payloads)
+    if isinstance(message, ConsoleHistoryMessage):
+        return len(message.beginning) + len(message.rolling)
+    return 0
 
 
 def _last_word(error: VmMigrateError, phase: Phase) -> Message:

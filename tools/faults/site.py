@@ -1,4 +1,4 @@
-"""Hosts for tests as real processes: `vmmigrate daemon`, killed and started again at will."""
+"""A site of real daemon processes, killed and started again at will."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,12 @@ async def open_site(root: Path, *names: str) -> AsyncIterator[Site]:
         yield Site(root, stack, TlsFiles(files.ca, files.certificate, files.key))
 
 
+def port_of(config: Path, interface: str) -> int:
+    """The port that a host's configuration gives to *interface*."""
+    listen = tomllib.loads(config.read_text())["listen"]
+    return int(listen[interface].rpartition(":")[2])
+
+
 def guest_pids(root: Path) -> list[int]:
     """Every process that maps a file under *root*: guests map their witness there."""
     found = []
@@ -147,6 +154,7 @@ key = "pki/{name}-key.pem"
 [directories]
 state = "state-{name}"
 runtime = "run-{name}"
+witness = "witness"
 """
     )
 
