@@ -137,6 +137,10 @@ async def _is_settled(pair: Pair, migration: str, instance: str) -> bool:
     except VmMigrateError:
         return False  # it died just now
     outgoing, incoming = sides[0]["outgoing"], sides[1]["incoming"]
+    if outgoing == "awaiting_peer" and incoming in {None, "abandoned"}:
+        # The destination never got as far as the ticket. Whoever started the migration calls it off then.
+        with contextlib.suppress(VmMigrateError):
+            await pair.hosts["source"].client.post(f"/v1/migrations/{migration}:cancel")
     return (
         outgoing not in {"awaiting_peer", "active", "pausing", "released"}
         and incoming not in {"reserved", "prepared", "acquired"}
