@@ -85,6 +85,9 @@ SAMPLES: tuple[m.Message, ...] = (
     m.Progress(counters={"pages": 1 << 40, "round": 2}),
     m.Heartbeat(),
     m.Cancel(reason="asked for by operator/ann"),
+    m.Resume(migration_id=_M, session_number=1, random=bytes(range(32)), proof=_DIGEST),
+    m.Resumed(session_number=2, bulk_port=7443, random=bytes(range(32)), proof=_DIGEST),
+    m.Applied(round_number=2, pages=b"\x78\x01\x03\x00\x00\x00\x00\x01"),
     m.Failed(code="device_payload", text="com1: version 9 is unknown", details=_DETAILS),
 )
 

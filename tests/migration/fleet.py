@@ -28,7 +28,7 @@ from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsFiles
 
 TRUST_DOMAIN = "test.example"
-DEADLINE_S = 60.0
+DEADLINE_S = 20.0
 
 
 class ObservedHypervisor(EmbeddedHypervisor):

@@ -26,6 +26,7 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.net.channel import (
+    FINISH_SENDING_S,
     GOODBYE_DEADLINE_S,
     HEARTBEAT_INTERVAL_S,
     SEND_DEADLINE_S,
@@ -552,7 +553,7 @@ async def test_a_peer_that_does_not_read_is_given_a_limited_time(ends: Ends, clo
             await channel.send(SAMPLE[Kind.OFFER])
 
         assert caught.value.code == "timed_out"
-        assert trio.current_time() - begun == pytest.approx(SEND_DEADLINE_S)
+        assert trio.current_time() - begun == pytest.approx(SEND_DEADLINE_S + FINISH_SENDING_S)
 
 
 # --------------------------------------------------------------------------- goodbye
@@ -567,7 +568,7 @@ async def test_a_goodbye_is_bounded_when_the_peer_does_not_read(ends: Ends, cloc
 
         await channel.say_goodbye(MigrationCancelled("asked for"))
 
-        assert trio.current_time() - begun == pytest.approx(GOODBYE_DEADLINE_S)
+        assert trio.current_time() - begun == pytest.approx(GOODBYE_DEADLINE_S + FINISH_SENDING_S)
 
 
 async def test_a_goodbye_is_said_also_by_one_who_is_cancelled(ends: Ends) -> None:

@@ -107,6 +107,9 @@ FIELDS: Mapping[type[m.Message], Mapping[str, st.SearchStrategy[Any]]] = {
     m.Progress: {"counters": maps(U64)},
     m.Heartbeat: {},
     m.Cancel: {"reason": text()},
+    m.Resume: {"migration_id": text(), "session_number": COUNT, "random": RANDOM, "proof": DIGEST},
+    m.Resumed: {"session_number": COUNT, "bulk_port": st.integers(1, 65_535), "random": RANDOM, "proof": DIGEST},
+    m.Applied: {"round_number": COUNT, "pages": st.binary(max_size=64)},
     m.Failed: ERROR,
 }
 

@@ -45,12 +45,17 @@ FROZEN_TAGS = {
     "HEARTBEAT": 19,
     "CANCEL": 20,
     "FAILED": 21,
+    "RESUME": 22,
+    "RESUMED": 23,
+    "APPLIED": 24,
 }
 
 # What status words, logs and metrics say.
 FROZEN_PHASES = [
     "negotiate",
     "offered",
+    "resuming",
+    "catching_up",
     "sync",
     "validate",
     "ram_pre_pause",

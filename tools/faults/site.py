@@ -155,6 +155,8 @@ key = "pki/{name}-key.pem"
 state = "state-{name}"
 runtime = "run-{name}"
 witness = "witness"
+[limits]
+resume_window_s = 3
 """
     )
 

@@ -88,11 +88,16 @@ class Allow(_Section):
 
 
 class Limits(_Section):
-    """Deadlines and caps. `verdict_s` is how long a source waits for the answer to its handoff before it asks again."""
+    """Deadlines and caps.
+
+    `verdict_s` is how long a source waits for the answer to its handoff before it asks again; `resume_window_s` how
+    long a link may be cut before the pause, until both sides give up.
+    """
 
     ticket_s: Annotated[int, Field(gt=0, le=3600)] = 60
     handoff_window_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     verdict_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    resume_window_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
     max_ram_bytes: Annotated[int, Field(gt=0)] = 1 << 42
 
 

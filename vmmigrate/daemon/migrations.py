@@ -25,6 +25,7 @@ from vmmigrate.engine.outgoing import SettleAnswer, SourceMigration, settle
 from vmmigrate.engine.source import migrate_out
 from vmmigrate.errors import (
     HandoffInDoubt,
+    IdentityError,
     JournalError,
     MigrationCancelled,
     PeerError,
@@ -46,7 +47,7 @@ from vmmigrate.ownership.rules import Answer, OwnershipRefusal
 from vmmigrate.ownership.state import Holding, Incoming, Outgoing
 from vmmigrate.spec import amend
 from vmmigrate.wire import phases
-from vmmigrate.wire.messages import Offer
+from vmmigrate.wire.messages import Offer, Resume
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +62,7 @@ class Migrations:
 
     Attributes:
         records: By migration id, as JSON-ready maps for those that ended before this daemon started.
-        sources: Outgoing migrations whose guest this daemon holds.
+        sources: Outgoing migrations whose guest this daemon holds; arriving: incoming ones under way.
         channels: The control channel of each migration that is under way.
         cancelled: Migrations that an operator has called off, and why.
     """
@@ -76,8 +77,11 @@ class Migrations:
         self.sources: dict[str, SourceMigration] = {}
         self.channels: dict[str, Channel] = {}
         self.cancelled: dict[str, MigrationCancelled] = {}
+        self.arriving: dict[str, DestinationMigration] = {}
         limits = host.config.limits
-        self.deadlines = Deadlines(handoff_window_s=limits.handoff_window_s, verdict_s=limits.verdict_s)
+        self.deadlines = Deadlines(
+            handoff_window_s=limits.handoff_window_s, verdict_s=limits.verdict_s, resume_s=limits.resume_window_s
+        )
 
     # -- what is known ---------------------------------------------------------------------------------------------
 
@@ -204,7 +208,10 @@ class Migrations:
         with self.host.journal_failures():
             async with open_channel(stream, phases.Role.SOURCE) as channel:
                 try:
-                    offer = await channel.expect(Offer, deadline_s=OFFER_DEADLINE_S)
+                    offer = await channel.expect(Offer, Resume, deadline_s=OFFER_DEADLINE_S)
+                    if isinstance(offer, Resume):
+                        await self._hand_in(channel, offer, peer)
+                        return
                     await self._consume_ticket(offer, peer)
                 except JournalError:
                     raise
@@ -221,8 +228,25 @@ class Migrations:
         )
         await self.host.journal.commit(event)
 
+    async def _hand_in(self, channel: Channel, resume: Resume, peer: Identity) -> None:
+        """A destination that was cut off comes again: its channel goes to the migration that waits for it.
+
+        Raises: RequestError, IdentityError; the destination is told.
+        """
+        migration = self.sources.get(resume.migration_id)
+        if migration is None or migration.over.is_set():
+            raise RequestError(f"no migration {resume.migration_id} goes on here", code="not_resumable")
+        if peer != migration.destination:
+            raise IdentityError(f"{peer} is not the destination of {resume.migration_id}", code="wrong_host")
+        old = self.channels.get(resume.migration_id)
+        if old is not None:
+            old.fail(TransportError("the destination has come again: the session is over", code="link_lost"))
+        migration.resumption.hand_in(channel, resume)
+        self._enter(resume.migration_id, channel)
+        await migration.over.wait()
+
     async def _refuse(self, channel: Channel, error: VmMigrateError) -> None:
-        if channel.phase is phases.Phase.OFFERED:
+        if channel.phase in {phases.Phase.OFFERED, phases.Phase.RESUMING}:
             with trio.move_on_after(CONNECT_DEADLINE_S):
                 await channel.send(refusal_of(error))
         else:
@@ -234,7 +258,7 @@ class Migrations:
         try:
             await migrate_out(channel, offer, migration)
         finally:
-            del self.channels[migration.migration_id]
+            self.channels.pop(migration.migration_id, None)
             self._let_go(migration)
             if migration.record.outcome is not Outcome.UNKNOWN:
                 self.sources.pop(migration.migration_id, None)
@@ -334,6 +358,8 @@ class Migrations:
         return record.as_dict()
 
     async def _run_destination(self, migration: DestinationMigration, address: tuple[str, int]) -> None:
+        self.arriving[migration.migration_id] = migration
+        migration.reconnect = partial(self._connected, migration, address)
         with self.host.journal_failures():
             try:
                 async with self._connected(migration, address) as channel:
@@ -342,6 +368,7 @@ class Migrations:
                 raise
             except VmMigrateError as error:
                 await self._fail_unconnected(migration, error)
+            del self.arriving[migration.migration_id]
             await self.host.finish_arrival(migration.migration_id, migration.instance_id)
             await self._save(migration.record)
 
@@ -354,7 +381,8 @@ class Migrations:
                 try:
                     yield channel
                 finally:
-                    del self.channels[migration.migration_id]
+                    if self.channels.get(migration.migration_id) is channel:
+                        del self.channels[migration.migration_id]
         finally:
             with trio.CancelScope(shield=True):
                 await close_tls(stream)
@@ -415,9 +443,12 @@ class Migrations:
             raise RequestError(f"migration {migration_id} is over", code="migration_over")
         # A migration that is about to open its channel finds the word there.
         self.cancelled[migration_id] = error
-        channel = self.channels.get(migration_id)
-        if channel is not None:
-            channel.fail(error)
+        if migration_id in self.channels:
+            self.channels[migration_id].fail(error)
+        if migration_id in self.sources:
+            self.sources[migration_id].resumption.abort(error)
+        if migration_id in self.arriving:
+            self.arriving[migration_id].cancelled = error
         return self.describe(migration_id)
 
     async def _save(self, record: MigrationRecord) -> None:

@@ -12,21 +12,23 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
 import structlog
 import trio
 
-from vmmigrate.devices.payload import MAX_PAYLOAD_BYTES, MAX_PAYLOADS, DevicePayload
-from vmmigrate.devices.time import TimeData
 from vmmigrate.engine import preamble
 from vmmigrate.engine.agreement import note_negotiated
+from vmmigrate.engine.importing import collect_state, import_state
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.engine.limits import Deadlines
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
+from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE
 from vmmigrate.engine.ram import hash_ram_in_thread
+from vmmigrate.engine.resume import ask_to_resume, check_resumed, tell_applied
 from vmmigrate.errors import (
     HypervisorError,
     JournalError,
@@ -37,9 +39,9 @@ from vmmigrate.errors import (
     TransportError,
     VmMigrateError,
 )
-from vmmigrate.hypervisor.base import ConsoleHistory, Guest, RunState
+from vmmigrate.hypervisor.base import Guest, RunState
 from vmmigrate.memory import PAGE_SIZE, RamLayout
-from vmmigrate.net.bulk import BulkDestination
+from vmmigrate.net.bulk import BulkDestination, Landing
 from vmmigrate.net.channel import Channel, refusal_of
 from vmmigrate.net.door import open_streams
 from vmmigrate.net.identity import Identity
@@ -63,6 +65,9 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+RECONNECT_FIRST_S = 0.1
+RECONNECT_MOST_S = 2.0
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -78,6 +83,7 @@ class Arrival:
 
 
 BuildGuest = Callable[[Arrival], Awaitable[Guest]]
+Reconnect = Callable[[], AbstractAsyncContextManager[Channel]]
 
 
 @dataclass
@@ -88,7 +94,9 @@ class DestinationMigration:
         build_guest: Checks the arrival against this host and builds the guest, stopped; injected by the daemon.
         replacements: This host's backends, by the component they replace.
         payloads: Payload kinds and versions that this host can import.
+        reconnect: A new control channel to the source; injected by the daemon.
         arrival: Known once the preamble was accepted.
+        cancelled: Set when somebody calls the migration off while there is no channel to fail.
     """
 
     migration_id: str
@@ -110,8 +118,10 @@ class DestinationMigration:
     spec_versions: tuple[str, ...] = chain.CHAIN.names
     max_ram_bytes: int = 1 << 46
     deadlines: Deadlines = field(default_factory=Deadlines)
+    reconnect: Reconnect | None = None
     arrival: Arrival | None = None
     guest: Guest | None = None
+    cancelled: VmMigrateError | None = None
 
 
 @dataclass(frozen=True)
@@ -131,41 +141,130 @@ async def migrate_in(channel: Channel, migration: DestinationMigration) -> None:
         JournalError: The journal is poisoned; the daemon must exit. trio.Cancelled: the daemon stops.
     """
     migration.record.begin(channel.session)
-    try:
-        run_state = await _up_to_handoff(channel, migration)
-        await _take_over(channel, migration, run_state)
-    except JournalError:
-        raise
-    except VmMigrateError as error:
-        await _give_up(channel, migration, error)
-    except trio.Cancelled:
-        stopping = VmMigrateError("the destination daemon is stopping", code="daemon_stopping")
-        await _give_up(channel, migration, stopping)
-        raise
-    except Exception:
-        # A defect, perhaps provoked by the peer: as long as no verdict was given it costs this attempt, no more.
-        stage = migration.journal.state.incoming[migration.migration_id].stage
-        if stage not in {Incoming.RESERVED, Incoming.PREPARED}:
+    # Channels opened after a cut link live on this stack, and so to the end of the migration.
+    async with contextlib.AsyncExitStack() as stack:
+        way = _Way(channel, stack)
+        try:
+            run_state = await _up_to_handoff(way, migration)
+            await _take_over(way.channel, migration, run_state)
+        except JournalError:
             raise
-        log.exception("migration.defect", migration=migration.migration_id)
-        await _give_up(channel, migration, VmMigrateError("the destination has a defect", code="internal"))
+        except VmMigrateError as error:
+            await _give_up(way.channel, migration, error)
+        except trio.Cancelled:
+            stopping = VmMigrateError("the destination daemon is stopping", code="daemon_stopping")
+            await _give_up(way.channel, migration, stopping)
+            raise
+        except Exception:
+            # A defect, perhaps provoked by the peer: as long as no verdict was given it costs this attempt, no more.
+            stage = migration.journal.state.incoming[migration.migration_id].stage
+            if stage not in {Incoming.RESERVED, Incoming.PREPARED}:
+                raise
+            log.exception("migration.defect", migration=migration.migration_id)
+            await _give_up(way.channel, migration, VmMigrateError("the destination has a defect", code="internal"))
 
 
-async def _up_to_handoff(channel: Channel, migration: DestinationMigration) -> RunState:
-    """All before the first verdict; returns what the guest shall do."""
-    try:
-        with channel.interruptible():
-            agreed = await _offer(channel, migration)
-            received = await _accept_preamble(channel, agreed, migration)
-            async with _bulk_streams(migration, agreed) as bulk:
-                await _receive_ram(channel, bulk, migration)
-                await _receive_state(channel, bulk, agreed, migration)
-        handoff = await channel.expect(m.Handoff, deadline_s=migration.deadlines.handoff_window_s)
-    except TransportError as error:
-        raise await channel.true_reason(error) from error
+@dataclass
+class _Way:
+    """The control channel in force: a cut link is followed by another one."""
+
+    channel: Channel
+    stack: contextlib.AsyncExitStack
+
+
+@dataclass
+class _Arriving:
+    """RAM under way; it outlives a cut link.
+
+    Attributes:
+        applied_round: The last round of which everything has landed.
+        received_bytes: In sessions that have ended.
+    """
+
+    page_hash: PageHash
+    landing: Landing
+    applied_round: int = 0
+    received_bytes: int = 0
+
+
+async def _up_to_handoff(way: _Way, migration: DestinationMigration) -> RunState:
+    """All before the first verdict, in as many sessions as it takes; returns what the guest shall do."""
+    with way.channel.interruptible():
+        agreed = await _offer(way.channel, migration)
+        received = await _accept_preamble(way.channel, agreed, migration)
+    page_hash = PageHash(agreed.secrets.key("page digest"))
+    arriving = _Arriving(page_hash, Landing(received.layout.pages))
+    while True:
+        try:
+            await _one_session(way.channel, agreed, arriving, migration)
+            break
+        except TransportError as error:
+            agreed = await _resume(way, agreed, arriving, migration, error)
+    handoff = await way.channel.expect(m.Handoff, deadline_s=migration.deadlines.handoff_window_s)
     if Epoch(*handoff.epoch) != received.epoch:
         raise RemoteProtocolError(f"handoff of epoch {handoff.epoch}, announced was {tuple(received.epoch)}")
     return RunState(handoff.run_state)
+
+
+async def _one_session(channel: Channel, agreed: Agreed, arriving: _Arriving, migration: DestinationMigration) -> None:
+    with channel.interruptible():
+        async with _bulk_streams(agreed, arriving, migration) as bulk:
+            await _receive_ram(channel, bulk, arriving, migration)
+            await _receive_state(channel, bulk, agreed, migration)
+
+
+# --------------------------------------------------------------------------- a cut link
+
+
+async def _resume(
+    way: _Way, agreed: Agreed, arriving: _Arriving, migration: DestinationMigration, error: TransportError
+) -> Agreed:
+    """Come to the source again, and go on where the link was cut. Every receiver thread was joined before.
+
+    Raises: the reason of the cut, when this is no matter for coming again or the source was not reached in time;
+        NegotiationError, IdentityError: the source does not go on.
+    """
+    reason = await way.channel.true_reason(error)
+    session = way.channel.session
+    if not isinstance(reason, TransportError) or reason.code not in LINK_LOST:
+        raise reason from error
+    if (session.failed_in or session.phase) not in RESUMABLE:
+        raise reason from error
+    way.channel.fail(reason)
+    log.warning("migration.link_lost", migration=migration.migration_id, code=reason.code, text=reason.text)
+    deadline, pause_s = trio.current_time() + migration.deadlines.resume_s, RECONNECT_FIRST_S
+    while trio.current_time() + pause_s < deadline and migration.cancelled is None:
+        await trio.sleep(pause_s)
+        pause_s = min(2 * pause_s, RECONNECT_MOST_S)
+        try:
+            return await _reconnect(way, agreed, arriving, migration)
+        except TransportError as again:
+            log.info("migration.not_reached", migration=migration.migration_id, code=again.code, text=again.text)
+    raise migration.cancelled or reason
+
+
+async def _reconnect(way: _Way, agreed: Agreed, arriving: _Arriving, migration: DestinationMigration) -> Agreed:
+    """One try: connect, prove each other, tell what has landed."""
+    async with contextlib.AsyncExitStack() as attempt:
+        assert migration.reconnect is not None
+        channel = await attempt.enter_async_context(migration.reconnect())
+        with channel.interruptible():
+            asked = ask_to_resume(agreed.secrets)
+            await channel.send(asked)
+            answer = await channel.expect(m.Resumed, m.Refuse, deadline_s=migration.deadlines.answer_s)
+            if isinstance(answer, m.Refuse):
+                raise NegotiationError(answer.text, code=answer.code, details=answer.details)
+            secrets_of_new = check_resumed(answer, asked, agreed.secrets)
+            applied = await trio.to_thread.run_sync(tell_applied, arriving.landing, arriving.applied_round)
+            await channel.send(applied)
+        way.channel = channel
+        way.stack.push_async_exit(attempt.pop_all())
+    number = answer.session_number
+    migration.record.session = channel.session
+    migration.record.negotiated["sessions"] = number
+    log.info("migration.resumed", migration=migration.migration_id, session=number)
+    select = replace(agreed.select, session_number=number, bulk_port=answer.bulk_port)
+    return Agreed(select, secrets_of_new)
 
 
 # --------------------------------------------------------------------------- negotiate and synchronise
@@ -281,11 +380,12 @@ def _check_devices(devices: Sequence[m.DeviceEntry], migration: DestinationMigra
 
 
 @contextlib.asynccontextmanager
-async def _bulk_streams(migration: DestinationMigration, agreed: Agreed) -> AsyncIterator[BulkDestination]:
+async def _bulk_streams(
+    agreed: Agreed, arriving: _Arriving, migration: DestinationMigration
+) -> AsyncIterator[BulkDestination]:
     """The bulk streams of the session, receiving; on leaving their threads are joined and they are closed."""
     assert migration.guest is not None
-    ram = migration.guest.ram
-    layout, pages, page_hash = ram.layout, ram.pages, PageHash(agreed.secrets.key("page digest"))
+    layout, pages = migration.guest.ram.layout, migration.guest.ram.pages
     links = await open_streams(
         migration.source_host,
         agreed.select.bulk_port,
@@ -294,7 +394,7 @@ async def _bulk_streams(migration: DestinationMigration, agreed: Agreed) -> Asyn
         agreed.secrets,
         agreed.select.streams,
     )
-    bulk = BulkDestination(links, layout, pages, page_hash)
+    bulk = BulkDestination(links, layout, pages, arriving.page_hash, arriving.landing)
     try:
         async with open_group() as group:
             group.start_soon(bulk.receive_forever)
@@ -302,9 +402,12 @@ async def _bulk_streams(migration: DestinationMigration, agreed: Agreed) -> Asyn
             group.cancel_scope.cancel()
     finally:
         bulk.close()
+        arriving.received_bytes += bulk.bytes_received
 
 
-async def _receive_ram(channel: Channel, bulk: BulkDestination, migration: DestinationMigration) -> None:
+async def _receive_ram(
+    channel: Channel, bulk: BulkDestination, arriving: _Arriving, migration: DestinationMigration
+) -> None:
     """Rounds while the guest runs at the source, then the one after its pause."""
     migration.record.ram.total_bytes = len(bulk.table) * PAGE_SIZE
     paused = False
@@ -313,7 +416,7 @@ async def _receive_ram(channel: Channel, bulk: BulkDestination, migration: Desti
             bulk, migration, partial(channel.expect, m.RoundEnd, m.Paused, deadline_s=math.inf)
         )
         if isinstance(message, m.RoundEnd):
-            await _apply_round(channel, bulk, migration, message)
+            await _apply_round(channel, bulk, arriving, migration, message)
             if paused:
                 await _while_bulk_moves(bulk, migration, bulk.wait_end)
                 return
@@ -345,42 +448,26 @@ async def _while_bulk_moves(
 
 
 async def _apply_round(
-    channel: Channel, bulk: BulkDestination, migration: DestinationMigration, end: m.RoundEnd
+    channel: Channel, bulk: BulkDestination, arriving: _Arriving, migration: DestinationMigration, end: m.RoundEnd
 ) -> None:
     await _while_bulk_moves(bulk, migration, partial(bulk.wait_round, end.round_number, end.records))
-    migration.record.ram.sent_bytes = bulk.bytes_received
-    migration.record.progress.update(round=end.round_number, bytes=bulk.bytes_received, dirty_pages=end.dirty_pages)
-    migration.record.ram.rounds.append({"pages": end.pages, "bytes": bulk.bytes_received})
-    await channel.send(m.RoundApplied(end.round_number, bulk.bytes_received))
+    arriving.applied_round = end.round_number
+    arriving.landing.fresh[:] = False
+    received = arriving.received_bytes + bulk.bytes_received
+    migration.record.ram.sent_bytes = received
+    migration.record.progress.update(round=end.round_number, bytes=received, dirty_pages=end.dirty_pages)
+    migration.record.ram.rounds.append({"pages": end.pages, "bytes": received})
+    await channel.send(m.RoundApplied(end.round_number, received))
 
 
 # --------------------------------------------------------------------------- state
-
-
-@dataclass
-class _Received:
-    """Device state as it arrives; nothing is applied before all of it is here."""
-
-    time: TimeData
-    payloads: list[DevicePayload] = field(default_factory=list)
-    histories: list[ConsoleHistory] = field(default_factory=list)
-    body_bytes: int = 0
-
-    def add(self, state: m.DeviceState) -> None:
-        for item in state.payloads:
-            self.payloads.append(
-                DevicePayload(item.instance_name, item.payload_kind, item.version, item.body, item.optional)
-            )
-            self.body_bytes += len(item.body)
-        if len(self.payloads) > MAX_PAYLOADS or self.body_bytes > 4 * MAX_PAYLOAD_BYTES:
-            raise PayloadError("more device state than a guest can have", code="payload_count")
 
 
 async def _receive_state(
     channel: Channel, bulk: BulkDestination, agreed: Agreed, migration: DestinationMigration
 ) -> None:
     """Time, devices, console; import everything; compare digests; `prepared`; Ready."""
-    received, end = await _collect_state(channel, migration)
+    received, end = await collect_state(channel, migration.deadlines.import_s)
     if end.payloads != len(received.payloads):
         raise PayloadError(
             f"{len(received.payloads)} device payloads came, {end.payloads} were sent", code="payload_count"
@@ -393,32 +480,8 @@ async def _receive_state(
     if agreed.select.verify == "full":
         ram_digest = await hash_ram_in_thread(migration.guest.ram)
         migration.record.digest["destination"] = ram_digest.hex()
-    await _import(migration.guest, received)
+    await import_state(migration.guest, received)
     await _prepare(channel, migration, page_digest, ram_digest)
-
-
-async def _collect_state(channel: Channel, migration: DestinationMigration) -> tuple[_Received, m.StateEnd]:
-    answer_s = migration.deadlines.import_s
-    time_message = await channel.expect(m.TimeDataMessage, deadline_s=answer_s)
-    received = _Received(TimeData.from_map(dict(time_message.values)))
-    while True:
-        message = await channel.expect(m.DeviceState, m.ConsoleHistoryMessage, m.StateEnd, deadline_s=answer_s)
-        if isinstance(message, m.StateEnd):
-            return received, message
-        if isinstance(message, m.DeviceState):
-            received.add(message)
-        else:
-            history = ConsoleHistory(message.port, message.beginning, message.rolling, message.total_bytes)
-            received.histories.append(history)
-
-
-async def _import(guest: Guest, received: _Received) -> None:
-    """Time first: timers are normalised against it. Devices: all are validated before one is applied."""
-    await guest.import_time(received.time)
-    await guest.import_devices(received.payloads)
-    for history in received.histories:
-        await guest.import_console_history(history)
-    guest.ram.make_read_only()
 
 
 async def _prepare(channel: Channel, migration: DestinationMigration, page_digest: bytes, ram_digest: bytes) -> None:

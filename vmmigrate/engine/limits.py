@@ -34,7 +34,8 @@ class Deadlines:
     Order that must hold: a peer that works says heartbeats, so `answer_s` is for steps that need no work,
     `build_s` and `import_s` for those that do; `handoff_window_s` at the destination must exceed what the source needs
     to journal `released` (its fsync), or a handoff comes too late and is refused. Within `start_s` of `acquired` the
-    destination has opened everything, or returns the guest.
+    destination has opened everything, or returns the guest. `resume_s` is how long a link may be cut while the guest
+    still runs at the source; until then both ends keep what they have.
     """
 
     answer_s: float = 15.0
@@ -44,6 +45,7 @@ class Deadlines:
     handoff_window_s: float = 30.0
     verdict_s: float = 30.0
     start_s: float = 30.0
+    resume_s: float = 60.0
     undo_s: float = 30.0
     settle_first_s: float = 0.2
     settle_most_s: float = 15.0

@@ -6,6 +6,7 @@ destination, or its answer to settle; then the guest is freed, or taken back und
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from vmmigrate.errors import (
     HandoffInDoubt,
     HypervisorError,
     JournalError,
+    RequestError,
     VmMigrateError,
 )
 from vmmigrate.hypervisor.base import Guest, RunState
@@ -30,6 +32,8 @@ from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
 from vmmigrate.ownership.state import Outgoing
 from vmmigrate.spec.latest import InstanceSpec
+from vmmigrate.wire import messages as m
+from vmmigrate.wire.phases import Phase
 
 log = structlog.get_logger(__name__)
 
@@ -45,6 +49,54 @@ class SettleAnswer:
     code: str | None = None
 
 
+# A link that was cut; everything else that ends a session is somebody's word, or a forgery, and ends the migration.
+LINK_LOST = frozenset(
+    {
+        "link_lost",
+        "disconnected",
+        "closed",
+        "closed_after_handshake",
+        "timed_out",
+        "peer_silent",
+        "connection_refused",
+        "unreachable",
+        "handshake_timeout",
+        "hello_timeout",
+        "bulk_timeout",
+    }
+)
+
+
+# While these last the guest runs at the source, and both ends can go on after a cut.
+RESUMABLE = frozenset({Phase.RAM_PRE_PAUSE, Phase.RESUMING, Phase.CATCHING_UP})
+
+
+class Resumption:
+    """Where a source whose link was cut waits for the destination to come again."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[tuple[Channel, m.Resume] | VmMigrateError](1)
+
+    def hand_in(self, channel: Channel, resume: m.Resume) -> None:
+        """A destination came and wants to go on. Raises: RequestError: another one waits already."""
+        try:
+            self._send.send_nowait((channel, resume))
+        except trio.WouldBlock:
+            raise RequestError("the destination is being answered already", code="not_resumable") from None
+
+    def abort(self, error: VmMigrateError) -> None:
+        """Nobody is to come any more. Best effort: a destination that came just before is dealt with first."""
+        with contextlib.suppress(trio.WouldBlock):
+            self._send.send_nowait(error)
+
+    async def next(self) -> tuple[Channel, m.Resume]:
+        """The next destination that comes. Raises: what `abort` was given."""
+        arrived = await self._receive.receive()
+        if isinstance(arrived, VmMigrateError):
+            raise arrived
+        return arrived
+
+
 AskDestination = Callable[[str, str], Awaitable[SettleAnswer]]  # (its API URL, migration id)
 
 
@@ -56,6 +108,8 @@ class SourceMigration:
         guest: None when its process is gone and only the verdict of the destination is still to be learnt.
         ask_destination: Asks the destination's daemon for its verdict; injected by the daemon, which has the client.
         offered: Every page that was taken from the dirty marks in this attempt; put back when it fails.
+        is_pausing: From then on a cut link is no longer waited out.
+        over: Set at the end: connections that were handed in may be closed.
     """
 
     migration_id: str
@@ -78,6 +132,9 @@ class SourceMigration:
     destination_journal: str = ""
     desired: RunState = RunState.RUNNING
     offered: PageBitmap | None = None
+    is_pausing: bool = False
+    resumption: Resumption = field(default_factory=Resumption)
+    over: trio.Event = field(default_factory=trio.Event)
 
     @property
     def live(self) -> Guest:

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import structlog
 import trio
 
 from vmmigrate.engine.agreement import Agreed, negotiate, synchronise
 from vmmigrate.engine.metrics import MigrationRecord, Outcome
-from vmmigrate.engine.outgoing import SourceMigration, conclude, undo
+from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, SourceMigration, conclude, undo
 from vmmigrate.engine.ram import hash_ram_in_thread
+from vmmigrate.engine.resume import accept_resume, read_applied
 from vmmigrate.errors import (
     ConvergenceError,
     HandoffInDoubt,
     HypervisorError,
+    IdentityError,
     JournalError,
     PayloadError,
     RemoteProtocolError,
+    TransportError,
     VmMigrateError,
 )
 from vmmigrate.memory import PAGE_SIZE, PageBitmap
@@ -33,7 +38,7 @@ from vmmigrate.net.threads import open_group
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer
 from vmmigrate.ram.convergence import Convergence, Round, Verdict
-from vmmigrate.ram.digest import PageHash, condense
+from vmmigrate.ram.digest import Digests, PageHash, condense
 from vmmigrate.wire import messages as m
 
 log = structlog.get_logger(__name__)
@@ -48,134 +53,250 @@ async def migrate_out(channel: Channel, offer: m.Offer, migration: SourceMigrati
         JournalError: The journal is poisoned; the daemon must exit. trio.Cancelled: the daemon stops; what could be
             undone was undone.
     """
-    record = migration.record
-    record.begin(channel.session)
+    way = _Way(channel)
+    migration.record.begin(channel.session)
     try:
-        await _up_to_ready(channel, offer, migration)
-        await _hand_off(channel, migration)
+        await _up_to_ready(way, offer, migration)
+        await _hand_off(way.channel, migration)
     except JournalError:
         # Nobody knows what is durable, so nobody may act: the daemon exits, and its restart reads the journal anew.
         raise
     except HandoffInDoubt as doubt:
         log.warning("migration.in_doubt", migration=migration.migration_id, code=doubt.code, text=doubt.text)
-        record.finish(Outcome.UNKNOWN, doubt)
+        migration.record.finish(Outcome.UNKNOWN, doubt)
     except VmMigrateError as error:
-        await undo(channel, migration, error)
+        await undo(way.channel, migration, error)
     except trio.Cancelled:
-        await undo(channel, migration, VmMigrateError("the source daemon is stopping", code="daemon_stopping"))
+        await undo(way.channel, migration, VmMigrateError("the source daemon is stopping", code="daemon_stopping"))
         raise
     except Exception:
         # A defect must not take the guest with it. What is undone here is undone again, harmlessly, at a restart.
         log.exception("migration.defect", migration=migration.migration_id)
-        await undo(channel, migration, VmMigrateError("the source has a defect; its log says more", code="internal"))
+        defect = VmMigrateError("the source has a defect; its log says more", code="internal")
+        await undo(way.channel, migration, defect)
+    finally:
+        migration.over.set()
 
 
-async def _up_to_ready(channel: Channel, offer: m.Offer, migration: SourceMigration) -> None:
-    """All that can be undone."""
+@dataclass
+class _Way:
+    """The control channel in force: a cut link is followed by another one."""
+
+    channel: Channel
+
+
+@dataclass
+class _Copy:
+    """RAM under way; it outlives a cut link.
+
+    Attributes:
+        number: The round that is being sent, or is next.
+        pending: Its pages: what the destination does not hold, as far as is known. None before the first round.
+        answer: What is still to be said to a destination that came again.
+        sent_bytes, zero_pages: Of sessions that have ended.
+    """
+
+    page_hash: PageHash
+    table: Digests
+    judge: Convergence
+    number: int = 1
+    pending: PageBitmap | None = None
+    answer: m.Resumed | None = None
+    sent_bytes: int = 0
+    zero_pages: int = 0
+
+
+async def _up_to_ready(way: _Way, offer: m.Offer, migration: SourceMigration) -> None:
+    """All that can be undone, in as many sessions as it takes."""
+    options, pages = migration.options, migration.live.ram.layout.pages
     try:
-        with trio.fail_after(migration.options.timeout_s), channel.interruptible():
-            agreed = await negotiate(channel, offer, migration)
-            async with _bulk_streams(channel, agreed, migration) as bulk:
-                dirty, rounds = await _copy_while_running(channel, bulk, migration)
-                await _pause(channel, migration, rounds + 1)
-                await _copy_the_rest(channel, bulk, migration, dirty, rounds + 1)
-                page_digest = await _send_state(channel, bulk, agreed, migration)
-                await _wait_ready(channel, page_digest, agreed, migration)
+        with trio.fail_after(options.timeout_s):
+            with way.channel.interruptible():
+                agreed = await negotiate(way.channel, offer, migration)
+            copy = _Copy(
+                PageHash(agreed.secrets.key("page digest")),
+                np.zeros(pages, dtype=np.uint64),
+                Convergence(options.downtime_ms / 1000, max_rounds=options.max_rounds),
+            )
+            while True:
+                try:
+                    await _one_session(way.channel, agreed, copy, migration)
+                    return
+                except TransportError as error:
+                    agreed = await _resume(way, agreed, copy, migration, error)
     except trio.TooSlowError:
         raise ConvergenceError(
-            f"the migration did not finish within {migration.options.timeout_s:g} s", code="timed_out_total"
+            f"the migration did not finish within {options.timeout_s:g} s", code="timed_out_total"
         ) from None
+
+
+async def _one_session(channel: Channel, agreed: Agreed, copy: _Copy, migration: SourceMigration) -> None:
+    with channel.interruptible():
+        async with _bulk_streams(channel, agreed, copy, migration) as bulk:
+            await _copy_while_running(channel, bulk, copy, migration)
+            await _pause(channel, migration, copy.number)
+            await _copy_the_rest(channel, bulk, copy, migration)
+            page_digest = await _send_state(channel, bulk, agreed, migration)
+            await _wait_ready(channel, page_digest, agreed, migration)
+
+
+# --------------------------------------------------------------------------- a cut link
+
+
+async def _resume(way: _Way, agreed: Agreed, copy: _Copy, migration: SourceMigration, error: TransportError) -> Agreed:
+    """Wait, with the guest running, until the destination comes again and proves that it is the one that was cut off.
+
+    Raises: *error*, when this is no matter for waiting or nobody came in time; what the wait was aborted with.
+    """
+    reason = await way.channel.true_reason(error)
+    if not isinstance(reason, TransportError):
+        raise reason from error
+    session = way.channel.session
+    may_wait = (session.failed_in or session.phase) in RESUMABLE and error.code in LINK_LOST
+    if not may_wait or migration.is_pausing or copy.pending is None:
+        raise error
+    way.channel.fail(error)
+    log.warning("migration.link_lost", migration=migration.migration_id, code=error.code, text=error.text)
+    with trio.move_on_after(migration.deadlines.resume_s):
+        while True:
+            channel, resume = await migration.resumption.next()
+            try:
+                resumed, copy.answer = accept_resume(resume, agreed, migration.bulk_port)
+            except IdentityError as refusal:
+                log.info("migration.resume_refused", migration=migration.migration_id, text=refusal.text)
+                channel.fail(refusal)
+                continue
+            way.channel = channel
+            migration.record.session = channel.session
+            migration.record.negotiated["sessions"] = resumed.select.session_number
+            return resumed
+    raise error
+
+
+async def _catch_up(channel: Channel, copy: _Copy, migration: SourceMigration) -> None:
+    """Say that we go on, and learn what of the cut round has arrived: the rest of it is still to be sent."""
+    assert copy.answer is not None
+    await channel.send(copy.answer)
+    applied = await channel.expect(m.Applied, deadline_s=migration.deadlines.answer_s)
+    assert copy.pending is not None
+    held = read_applied(applied, copy.pending.pages)
+    if applied.round_number == copy.number:
+        copy.pending, copy.number = PageBitmap(copy.pending.pages), copy.number + 1
+    elif applied.round_number == copy.number - 1:
+        copy.pending = copy.pending - held
+    else:
+        raise RemoteProtocolError(f"the destination holds round {applied.round_number}, sent was {copy.number}")
+    with trio.CancelScope(shield=True):
+        # Marks that were taken and then forgotten would be lost pages.
+        copy.pending |= await migration.live.take_dirty()
+    _remember_offered(migration, copy.pending)
+    log.info("migration.resumed", migration=migration.migration_id, pages_left=copy.pending.count())
 
 
 # --------------------------------------------------------------------------- RAM
 
 
 @contextlib.asynccontextmanager
-async def _bulk_streams(channel: Channel, agreed: Agreed, migration: SourceMigration) -> AsyncIterator[BulkSource]:
+async def _bulk_streams(
+    channel: Channel, agreed: Agreed, copy: _Copy, migration: SourceMigration
+) -> AsyncIterator[BulkSource]:
     """The bulk streams of the session, closed on leaving; their threads are joined by then.
 
-    They are expected before the preamble is sent: the destination opens them as soon as it has answered that.
+    They are expected before the preamble (or the word that we go on) is sent: the destination opens them as soon as it
+    has answered that.
     """
     layout, pages = migration.live.ram.layout, migration.live.ram.pages
-    page_hash = PageHash(agreed.secrets.key("page digest"))
     with migration.door.expect(agreed.secrets, migration.destination, agreed.select.streams) as appointment:
-        await synchronise(channel, agreed, migration)
+        if copy.pending is None:
+            await synchronise(channel, agreed, migration)
+        else:
+            await _catch_up(channel, copy, migration)
         links = await migration.door.collect(appointment)
-    bulk = BulkSource(links, layout, pages, page_hash)
+    bulk = BulkSource(links, layout, pages, copy.page_hash, copy.table)
     try:
         yield bulk
     finally:
         bulk.close()
+        copy.sent_bytes += bulk.bytes_sent
+        copy.zero_pages += bulk.zero_pages
 
 
-async def _copy_while_running(channel: Channel, bulk: BulkSource, migration: SourceMigration) -> tuple[PageBitmap, int]:
-    """Rounds until the rest fits the pause; returns what is still to send, and the number of rounds."""
-    guest, record, options = migration.live, migration.record, migration.options
-    judge = Convergence(options.downtime_ms / 1000, max_rounds=options.max_rounds)
+async def _copy_while_running(channel: Channel, bulk: BulkSource, copy: _Copy, migration: SourceMigration) -> None:
+    """Rounds until the rest fits the pause; `copy.pending` is then what is still to send."""
+    if copy.pending is None:
+        await _begin_copy(copy, migration)
+    options, judge = migration.options, copy.judge
+    while True:
+        verdict = await _one_round(channel, bulk, copy, migration)
+        if verdict is Verdict.PAUSE or (verdict is Verdict.WILL_NOT_CONVERGE and options.force):
+            return
+        if verdict is Verdict.WILL_NOT_CONVERGE:
+            assert copy.pending is not None
+            dirty = copy.pending.count()
+            raise ConvergenceError(
+                f"after {copy.number - 1} rounds {dirty} pages are dirty; the pause would last about"
+                f" {judge.forecast_pause_s(dirty):.2f} s, allowed is {judge.downtime_s:g} s"
+            )
+
+
+async def _begin_copy(copy: _Copy, migration: SourceMigration) -> None:
+    """The first round: every page that was ever touched. Marks first, or a write in between would be lost."""
+    guest, record = migration.live, migration.record
     await guest.start_tracking()
     pages = await trio.to_thread.run_sync(guest.ram.populated)
     record.ram.total_bytes = guest.ram.layout.size_bytes
     record.ram.hole_bytes = (guest.ram.layout.pages - pages.count()) * PAGE_SIZE
     migration.offered = pages.copy()
-    number = 0
-    while True:
-        number += 1
-        pages, verdict = await _one_round(channel, bulk, migration, judge, pages, number)
-        if verdict is Verdict.PAUSE or (verdict is Verdict.WILL_NOT_CONVERGE and options.force):
-            return pages, number
-        if verdict is Verdict.WILL_NOT_CONVERGE:
-            raise ConvergenceError(
-                f"after {number} rounds {pages.count()} pages are dirty; the pause would last about"
-                f" {judge.forecast_pause_s(pages.count()):.2f} s, allowed is {judge.downtime_s:g} s"
-            )
+    copy.pending = pages
 
 
-async def _one_round(
-    channel: Channel,
-    bulk: BulkSource,
-    migration: SourceMigration,
-    judge: Convergence,
-    pages: PageBitmap,
-    number: int,
-) -> tuple[PageBitmap, Verdict]:
-    """Send *pages*, wait until they have landed, and see what was written meanwhile."""
-    begun = trio.current_time()
-    sent = await _send_round(channel, bulk, migration, pages, number, last=False)
+async def _one_round(channel: Channel, bulk: BulkSource, copy: _Copy, migration: SourceMigration) -> Verdict:
+    """Send what is pending, wait until it has landed, and see what was written meanwhile: that is pending then."""
+    assert copy.pending is not None
+    number, begun = copy.number, trio.current_time()
+    sent = await _send_round(channel, bulk, copy, migration, last=False)
     applied = await channel.expect(m.RoundApplied, deadline_s=migration.deadlines.round_s)
     _check_round(applied, number)
     seconds = trio.current_time() - begun
-    dirty = await migration.live.take_dirty()
-    _remember_offered(migration, dirty)
-    finished = Round(sent.pages, sent.bytes_sent, seconds, dirty.count())
-    verdict = judge.after_round(finished)
+    with trio.CancelScope(shield=True):
+        # Marks that were taken and then forgotten would be lost pages: no cancel in between.
+        copy.pending = await migration.live.take_dirty()
+        copy.number += 1
+    _remember_offered(migration, copy.pending)
+    finished = Round(sent.pages, sent.bytes_sent, seconds, copy.pending.count())
+    verdict = copy.judge.after_round(finished)
     _note_round(migration.record, finished)
-    migration.record.progress.update(rate_bytes_per_s=int(judge.rate), dirty_pages=finished.dirty_pages)
+    migration.record.progress.update(rate_bytes_per_s=int(copy.judge.rate), dirty_pages=finished.dirty_pages)
     log.info("round.finished", round=number, pages=sent.pages, dirty_pages=finished.dirty_pages, verdict=verdict.value)
-    return dirty, verdict
+    return verdict
 
 
 async def _send_round(
-    channel: Channel, bulk: BulkSource, migration: SourceMigration, pages: PageBitmap, number: int, *, last: bool
+    channel: Channel, bulk: BulkSource, copy: _Copy, migration: SourceMigration, *, last: bool
 ) -> RoundSent:
+    assert copy.pending is not None
+    pages, number = copy.pending, copy.number
     migration.record.progress.update(round=number, pages_left=pages.count())
-    async with _watched(bulk, migration.record, pages.count()):
+    async with _watched(bulk, copy, migration.record, pages.count()):
         sent = await bulk.send_round(pages, number, last=last)
-    migration.record.ram.sent_bytes = bulk.bytes_sent
-    migration.record.ram.zero_bytes = bulk.zero_pages * PAGE_SIZE
+    migration.record.ram.sent_bytes = copy.sent_bytes + bulk.bytes_sent
+    migration.record.ram.zero_bytes = (copy.zero_pages + bulk.zero_pages) * PAGE_SIZE
     await channel.send(m.RoundEnd(number, sent.records, sent.pages, pages.count()))
     return sent
 
 
 @contextlib.asynccontextmanager
-async def _watched(bulk: BulkSource, record: MigrationRecord, pages: int) -> AsyncIterator[None]:
+async def _watched(bulk: BulkSource, copy: _Copy, record: MigrationRecord, pages: int) -> AsyncIterator[None]:
     """Keep the record's counters fresh while a round is being sent."""
 
     async def watch() -> None:
         done_before = bulk.pages_done
         while True:
             await trio.sleep(0.1)
-            record.ram.sent_bytes = bulk.bytes_sent
-            record.progress.update(bytes=bulk.bytes_sent, pages_left=max(pages - (bulk.pages_done - done_before), 0))
+            record.ram.sent_bytes = copy.sent_bytes + bulk.bytes_sent
+            record.progress.update(
+                bytes=record.ram.sent_bytes, pages_left=max(pages - (bulk.pages_done - done_before), 0)
+            )
 
     async with open_group() as nursery:
         nursery.start_soon(watch)
@@ -209,6 +330,7 @@ def _note_round(record: MigrationRecord, finished: Round) -> None:
 
 async def _pause(channel: Channel, migration: SourceMigration, number: int) -> None:
     """Pause so that the guest stays paused even if we die. What it is to be afterwards is durable before."""
+    migration.is_pausing = True
     await migration.journal.commit(rules.BeginPause(migration.migration_id, migration.desired.value))
     await _note_record(migration)
     migration.record.laps.start()
@@ -218,14 +340,13 @@ async def _pause(channel: Channel, migration: SourceMigration, number: int) -> N
     await channel.send(m.Paused(number))
 
 
-async def _copy_the_rest(
-    channel: Channel, bulk: BulkSource, migration: SourceMigration, dirty: PageBitmap, number: int
-) -> None:
+async def _copy_the_rest(channel: Channel, bulk: BulkSource, copy: _Copy, migration: SourceMigration) -> None:
     """The last round: what was dirty, and what was written until the pause."""
-    rest = dirty | await migration.live.take_dirty()
-    _remember_offered(migration, rest)
+    assert copy.pending is not None
+    copy.pending |= await migration.live.take_dirty()
+    _remember_offered(migration, copy.pending)
     begun = trio.current_time()
-    sent = await _send_round(channel, bulk, migration, rest, number, last=True)
+    sent = await _send_round(channel, bulk, copy, migration, last=True)
     _note_round(migration.record, Round(sent.pages, sent.bytes_sent, trio.current_time() - begun, 0))
     migration.record.laps.lap("last_round")
 

@@ -217,8 +217,16 @@ class StreamSender:
 class BulkSource:
     """All streams of a source, for trio."""
 
-    def __init__(self, links: Sequence[Link], layout: RamLayout, ram: Pages, page_hash: PageHash) -> None:
-        self.table: Digests = np.zeros(layout.pages, dtype=np.uint64)
+    def __init__(
+        self,
+        links: Sequence[Link],
+        layout: RamLayout,
+        ram: Pages,
+        page_hash: PageHash,
+        table: Digests | None = None,
+    ) -> None:
+        """*table* is that of an earlier session of the same migration, whose link was cut."""
+        self.table: Digests = np.zeros(layout.pages, dtype=np.uint64) if table is None else table
         self._senders = [StreamSender(link, layout, ram, page_hash, self.table) for link in links]
         self._limiter = trio.CapacityLimiter(len(links))
         self._cuts = _region_boundaries(layout)
@@ -273,6 +281,21 @@ def _region_boundaries(layout: RamLayout) -> tuple[int, ...]:
 # --------------------------------------------------------------------------- destination
 
 
+class Landing:
+    """What has landed at a destination; it outlives a cut link.
+
+    Attributes:
+        table: Digest of every page as it landed.
+        written: Which pages were ever written here, if only in part.
+        fresh: Which pages have landed whole since the last applied round.
+    """
+
+    def __init__(self, pages: int) -> None:
+        self.table: Digests = np.zeros(pages, dtype=np.uint64)
+        self.written: npt.NDArray[np.bool_] = np.zeros(pages, dtype=np.bool_)
+        self.fresh: npt.NDArray[np.bool_] = np.zeros(pages, dtype=np.bool_)
+
+
 class StreamReceiver:
     """Receives the pages of one stream, in its thread, straight into guest RAM.
 
@@ -288,8 +311,7 @@ class StreamReceiver:
         layout: RamLayout,
         ram: Pages,
         page_hash: PageHash,
-        table: Digests,
-        written: npt.NDArray[np.bool_],
+        landing: Landing,
     ) -> None:
         self.link = link
         self.records = 0
@@ -300,8 +322,7 @@ class StreamReceiver:
         self._ram = ram
         self._bytes = ram.data.cast("B")
         self._hash = page_hash
-        self._table = table
-        self._written = written
+        self._landing = landing
         self._header = memoryview(bytearray(HEADER.size))
         self._runs = memoryview(bytearray(MAX_ZERO_RUNS * RUN_DTYPE.itemsize))
         self._scratch = np.empty((MAX_RECORD_PAGES, PAGE_SIZE // 8), dtype=np.uint64)
@@ -339,46 +360,63 @@ class StreamReceiver:
     def _receive_pages(self, runs: Runs) -> None:
         if len(runs) == 1:
             first, count = runs[0].tolist()
+            numbers = np.arange(first, first + count)
+            # Written from the first byte on: should the rest never come, and the page be zero when it is sent again,
+            # it must not be taken for a hole.
+            self._landing.written[numbers] = True
             self.link.receive_into(self._bytes[first * PAGE_SIZE : (first + count) * PAGE_SIZE])
             landed = self._ram[first : first + count]
-            numbers = np.arange(first, first + count)
         else:
             numbers = pages_in(runs)
             scratch = self._scratch[: len(numbers)]
             self.link.receive_into(scratch.data.cast("B"))
             self._ram[numbers] = scratch
             landed = self._ram[numbers]
-        self._table[numbers] = self._hash.of(landed)
-        self._written[numbers] = True
+        self._landing.table[numbers] = self._hash.of(landed)
+        self._landing.written[numbers] = True
+        self._landing.fresh[numbers] = True
 
     def _apply_zeros(self, runs: Runs) -> None:
         """Zero what was written before; what never was is a hole and reads as zero: it stays one."""
         numbers = pages_in(runs)
-        stale = numbers[self._written[numbers]]
+        stale = numbers[self._landing.written[numbers]]
         self._ram[stale] = 0
-        self._table[numbers] = 0
+        self._landing.table[numbers] = 0
+        self._landing.fresh[numbers] = True
 
 
 class BulkDestination:
     """All streams of a destination, for trio.
 
     Attributes:
-        table: Digest of every page as it landed.
-        written: Which pages were ever written here.
+        landing: What has landed, also in earlier sessions of the same migration.
     """
 
-    def __init__(self, links: Sequence[Link], layout: RamLayout, ram: Pages, page_hash: PageHash) -> None:
-        self.table: Digests = np.zeros(layout.pages, dtype=np.uint64)
-        self.written: npt.NDArray[np.bool_] = np.zeros(layout.pages, dtype=np.bool_)
+    def __init__(
+        self,
+        links: Sequence[Link],
+        layout: RamLayout,
+        ram: Pages,
+        page_hash: PageHash,
+        landing: Landing | None = None,
+    ) -> None:
+        self.landing = landing or Landing(layout.pages)
         self._receivers = [
-            StreamReceiver(link, i, len(links), layout, ram, page_hash, self.table, self.written)
-            for i, link in enumerate(links)
+            StreamReceiver(link, i, len(links), layout, ram, page_hash, self.landing) for i, link in enumerate(links)
         ]
         self._limiter = trio.CapacityLimiter(len(links))
         self._reached: list[dict[int, int]] = [{} for _ in links]  # per stream: round -> records at its barrier
         self._is_over = [False for _ in links]
         self._progress = trio.Event()
         self._ended = trio.Event()
+
+    @property
+    def table(self) -> Digests:
+        return self.landing.table
+
+    @property
+    def written(self) -> npt.NDArray[np.bool_]:
+        return self.landing.written
 
     @property
     def bytes_received(self) -> int:

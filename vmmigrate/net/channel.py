@@ -47,6 +47,7 @@ HEARTBEAT_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 10.0
 SEND_DEADLINE_S = 30.0
 GOODBYE_DEADLINE_S = 2.0
+FINISH_SENDING_S = 1.0
 TRUE_REASON_S = 1.0
 _MAX_REASON_CHARS = 4096  # as codec.py allows them
 _MAX_TEXT_CHARS = 16_384
@@ -106,7 +107,25 @@ class Channel:
         """Put on the wire what `session.send` gave (apart, for what must happen in between)."""
         async with self._send_lock:
             with map_tls_errors(f"sending to the {self.role.peer}"), trio.fail_after(SEND_DEADLINE_S):
+                await self._send_whole(encoded)
+
+    async def _send_whole(self, encoded: bytes) -> None:
+        """Send; when cancelled in the middle of it, go on for a moment. Half a TLS record would break the stream, and
+        with it every word that is still to be said, the reason of the cancel among them."""
+        sent, scope = trio.Event(), trio.CancelScope(shield=True)
+
+        async def send() -> None:
+            with scope:
                 await self._stream.send_all(encoded)
+            sent.set()
+
+        async with open_group() as group:
+            group.start_soon(send)
+            try:
+                await sent.wait()
+            except trio.Cancelled:
+                scope.deadline = trio.current_time() + FINISH_SENDING_S
+                raise
 
     @overload
     async def expect(self, first: type[A], /, *, deadline_s: float) -> A: ...
@@ -168,10 +187,11 @@ class Channel:
 
         A peer that fails closes its bulk streams, and that is often noticed before its message is read.
         """
-        if isinstance(error, TransportError):
-            with trio.move_on_after(TRUE_REASON_S, shield=True):
-                while self._failure is None:
-                    await self._wakeup.wait()
+        if not isinstance(error, TransportError):
+            return error
+        with trio.move_on_after(TRUE_REASON_S, shield=True):
+            while self._failure is None:
+                await self._wakeup.wait()
         return self._failure or error
 
     def fail(self, error: VmMigrateError) -> None:

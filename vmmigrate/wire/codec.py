@@ -239,6 +239,13 @@ CODEC: Mapping[Kind, MessageCodec] = {
     Kind.PROGRESS: MessageCodec(m.Progress, {"counters": map_of(number(), 64)}),
     Kind.HEARTBEAT: MessageCodec(m.Heartbeat, {}),
     Kind.CANCEL: MessageCodec(m.Cancel, {"reason": text(4096)}),
+    Kind.RESUME: MessageCodec(
+        m.Resume, {"migration_id": _ID, "session_number": _COUNT, "random": _RANDOM, "proof": _DIGEST}
+    ),
+    Kind.RESUMED: MessageCodec(
+        m.Resumed, {"session_number": _COUNT, "bulk_port": _PORT, "random": _RANDOM, "proof": _DIGEST}
+    ),
+    Kind.APPLIED: MessageCodec(m.Applied, {"round_number": _COUNT, "pages": blob(32 * _MIB)}),
     Kind.FAILED: MessageCodec(m.Failed, {"code": _CODE, "text": _LONG_TEXT, "details": plain_map}),
 }
 

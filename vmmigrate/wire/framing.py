@@ -40,6 +40,9 @@ MAX_BODY_BYTES: Mapping[Kind, int] = {
     Kind.HEARTBEAT: 4 * KIB,
     Kind.CANCEL: 64 * KIB,
     Kind.FAILED: 256 * KIB,
+    Kind.RESUME: 4 * KIB,
+    Kind.RESUMED: 4 * KIB,
+    Kind.APPLIED: 33 * MIB,
 }
 
 

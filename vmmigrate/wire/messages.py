@@ -286,8 +286,51 @@ class Failed:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """In the place of Offer: the link of a migration was cut while the guest ran, and this goes on with it.
+
+    Attributes:
+        session_number: Of the session that was cut.
+        random: 32 bytes; half of the secrets of the new session.
+        proof: HMAC over `random` by a key of the session that was cut: only its two ends have it.
+    """
+
+    kind: ClassVar[Kind] = Kind.RESUME
+    migration_id: str
+    session_number: int
+    random: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The source goes on, too, in a session with a number of its own; proves itself as the destination did."""
+
+    kind: ClassVar[Kind] = Kind.RESUMED
+    session_number: int
+    bulk_port: int
+    random: bytes
+    proof: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What the destination holds of the round that was cut: all of rounds up to `round_number`, and these pages since.
+
+    Shape: one bit per page, the lowest page in bit 0 of byte 0; deflated (zlib).
+    """
+
+    kind: ClassVar[Kind] = Kind.APPLIED
+    round_number: int
+    pages: bytes
+
+
 Message = (
     Offer
+    | Resume
+    | Resumed
+    | Applied
     | Select
     | Refuse
     | Preamble

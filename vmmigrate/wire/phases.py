@@ -48,6 +48,9 @@ class Kind(IntEnum):
     HEARTBEAT = 19
     CANCEL = 20
     FAILED = 21
+    RESUME = 22
+    RESUMED = 23
+    APPLIED = 24
 
 
 class Phase(StrEnum):
@@ -55,6 +58,8 @@ class Phase(StrEnum):
 
     NEGOTIATE = "negotiate"
     OFFERED = "offered"
+    RESUMING = "resuming"
+    CATCHING_UP = "catching_up"
     SYNC = "sync"
     VALIDATE = "validate"
     RAM_PRE_PAUSE = "ram_pre_pause"
@@ -80,6 +85,8 @@ class MayRun(StrEnum):
 MAY_RUN: Mapping[Phase, MayRun] = {
     Phase.NEGOTIATE: MayRun.SOURCE,
     Phase.OFFERED: MayRun.SOURCE,
+    Phase.RESUMING: MayRun.SOURCE,
+    Phase.CATCHING_UP: MayRun.SOURCE,
     Phase.SYNC: MayRun.SOURCE,
     Phase.VALIDATE: MayRun.SOURCE,
     Phase.RAM_PRE_PAUSE: MayRun.SOURCE,
@@ -95,9 +102,11 @@ MAY_RUN: Mapping[Phase, MayRun] = {
 IF_IT_BREAKS: Mapping[Phase, str] = {
     Phase.NEGOTIATE: "source never noticed; destination discards",
     Phase.OFFERED: "source never noticed; destination discards",
+    Phase.RESUMING: "source keeps running, dirty bits put back; a new session may continue",
+    Phase.CATCHING_UP: "source keeps running, dirty bits put back; a new session may continue",
     Phase.SYNC: "source never noticed; destination discards",
     Phase.VALIDATE: "source never noticed; destination discards",
-    Phase.RAM_PRE_PAUSE: "source keeps running, dirty bits put back; destination discards",
+    Phase.RAM_PRE_PAUSE: "source keeps running, dirty bits put back; a new session may continue",
     Phase.RAM_POST_PAUSE: "source resumes",
     Phase.DEVICE_STATE: "source resumes",
     Phase.IMPORT: "source resumes",
@@ -111,6 +120,10 @@ _S, _D = Role.SOURCE, Role.DESTINATION
 
 TRANSITIONS: Mapping[tuple[Phase, Role, Kind], Phase] = {
     (Phase.NEGOTIATE, _D, Kind.OFFER): Phase.OFFERED,
+    (Phase.NEGOTIATE, _D, Kind.RESUME): Phase.RESUMING,
+    (Phase.RESUMING, _S, Kind.RESUMED): Phase.CATCHING_UP,
+    (Phase.RESUMING, _S, Kind.REFUSE): Phase.FAILED,
+    (Phase.CATCHING_UP, _D, Kind.APPLIED): Phase.RAM_PRE_PAUSE,
     (Phase.OFFERED, _S, Kind.SELECT): Phase.SYNC,
     (Phase.OFFERED, _S, Kind.REFUSE): Phase.FAILED,
     (Phase.SYNC, _S, Kind.PREAMBLE): Phase.VALIDATE,

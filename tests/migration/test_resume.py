@@ -1,0 +1,169 @@
+"""A link that is cut while the guest still runs at the source: both ends wait, prove each other, and go on."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.migration.fleet import (
+    Fleet,
+    RunningHost,
+    begin,
+    check,
+    create,
+    open_fleet,
+    stress,
+    wait_filled,
+    wait_outcome,
+    witnesses,
+)
+
+RELAY_HOST = "127.0.0.2"
+
+
+class Link:
+    """All connections from a destination to a source, control and bulk: the relay has the source's ports elsewhere."""
+
+    def __init__(self, source: RunningHost) -> None:
+        self._ports = (source.facts["migration"], source.facts["bulk"])
+        self._scopes: set[trio.CancelScope] = set()
+        self._is_up = True
+        self.passed_bytes = 0
+        self._watchers: list[tuple[int, trio.Event]] = []
+
+    @property
+    def address(self) -> str:
+        return f"{RELAY_HOST}:{self._ports[0]}"
+
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as nursery:
+            for port in self._ports:
+                listeners = await trio.open_tcp_listeners(port, host=RELAY_HOST)
+                nursery.start_soon(self._serve, listeners, port)
+            task_status.started()
+
+    def cut(self) -> None:
+        """Every connection ends, and none can be made."""
+        self._is_up = False
+        for scope in self._scopes:
+            scope.cancel()
+
+    def mend(self) -> None:
+        self._is_up = True
+
+    async def wait_bytes(self, more: int) -> None:
+        """Until *more* bytes have gone from the source to the destination."""
+        reached = trio.Event()
+        self._watchers.append((self.passed_bytes + more, reached))
+        with trio.fail_after(60):
+            await reached.wait()
+
+    async def _serve(self, listeners: list[trio.SocketListener], port: int) -> None:
+        await trio.serve_listeners(lambda stream: self._relay(stream, port), listeners)
+
+    async def _relay(self, destination: trio.SocketStream, port: int) -> None:
+        if not self._is_up:
+            await trio.aclose_forcefully(destination)
+            return
+        source = await trio.open_tcp_stream("127.0.0.1", port)
+        async with source:
+            with trio.CancelScope() as scope:
+                self._scopes.add(scope)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._copy, destination, source, False)
+                    nursery.start_soon(self._copy, source, destination, True)
+            self._scopes.discard(scope)
+
+    async def _copy(self, origin: trio.SocketStream, sink: trio.SocketStream, counts: bool) -> None:
+        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            async for chunk in origin:
+                await sink.send_all(chunk)
+                if counts:
+                    self._note(len(chunk))
+            await sink.send_eof()
+
+    def _note(self, size: int) -> None:
+        self.passed_bytes += size
+        for limit, reached in self._watchers:
+            if self.passed_bytes >= limit:
+                reached.set()
+
+
+async def _linked(fleet: Fleet, source: RunningHost) -> Link:
+    link = Link(source)
+    await fleet.nursery.start(link.run)
+    return link
+
+
+@pytest.mark.parametrize("cuts", [1, 3])
+async def test_a_link_cut_in_pre_copy_is_waited_out_and_little_is_sent_again(tmp_path: Path, cuts: int) -> None:
+    """Only what was written meanwhile, and at most 2 % of RAM beyond that per cut; the guest never stops for it."""
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+        link = await _linked(fleet, alpha)
+        instance = await create(alpha, program=stress(112, 500), overrides={"ram_bytes": 128 << 20})
+        await wait_filled(alpha, instance, 112 * 256)
+        migration = await begin(alpha, beta, instance, verify="full", source_address=link.address)
+
+        for _ in range(cuts):
+            await link.wait_bytes(8 << 20)
+            link.cut()
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            link.mend()
+
+        record = await wait_outcome(alpha, migration)
+        assert record["outcome"] == "moved", record
+        assert record["negotiated"]["sessions"] == 1 + cuts
+        assert record["digest"]["source"] == record["digest"]["destination"]
+        written_bytes = sum(entry["dirty_pages"] for entry in record["ram"]["rounds"]) * 4096
+        ram_bytes = record["ram"]["total_bytes"]
+        first_round_bytes = ram_bytes - record["ram"]["hole_bytes"]
+        sent_again = link.passed_bytes - first_round_bytes - written_bytes
+        assert sent_again <= cuts * 0.02 * ram_bytes
+        assert (await check(beta, instance))["consistent"]
+        owners = witnesses(fleet, instance)
+        assert owners.single, owners.problems
+        assert (await wait_outcome(beta, migration))["outcome"] == "moved"
+
+
+async def test_a_link_that_stays_cut_ends_the_migration_on_both_sides(tmp_path: Path) -> None:
+    """After the window the source goes on as before, with its marks put back, and the destination keeps nothing."""
+    window = "resume_window_s = 0.5"
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await fleet.start("alpha", limits=window), await fleet.start("beta", limits=window)
+        link = await _linked(fleet, alpha)
+        instance = await create(alpha, program=stress(56, 500))
+        await wait_filled(alpha, instance, 56 * 256)
+        migration = await begin(alpha, beta, instance, source_address=link.address)
+        await link.wait_bytes(8 << 20)
+
+        link.cut()
+
+        assert (await wait_outcome(alpha, migration))["outcome"] == "failed"
+        assert (await wait_outcome(beta, migration))["outcome"] == "failed"
+        assert (await alpha.instance(instance))["state"] == "running"
+        assert await beta.client.get("/v1/instances") == []
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_a_migration_that_waits_for_its_link_can_be_cancelled(tmp_path: Path, side: str) -> None:
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+        link = await _linked(fleet, alpha)
+        instance = await create(alpha, program=stress(56, 500))
+        await wait_filled(alpha, instance, 56 * 256)
+        migration = await begin(alpha, beta, instance, source_address=link.address)
+        await link.wait_bytes(8 << 20)
+        link.cut()
+        canceller = alpha if side == "source" else beta
+
+        await canceller.client.post(f"/v1/migrations/{migration}:cancel")
+
+        assert (await wait_outcome(canceller, migration))["outcome"] == "cancelled"
+        assert (await alpha.instance(instance))["guest"]["run_state"] == "running"
+        if side == "source":
+            link.mend()
+            assert (await wait_outcome(beta, migration))["error"]["code"] == "not_resumable"

@@ -1,0 +1,55 @@
+"""Device state at the destination: collected whole, then imported whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vmmigrate.devices.payload import MAX_PAYLOAD_BYTES, MAX_PAYLOADS, DevicePayload
+from vmmigrate.devices.time import TimeData
+from vmmigrate.errors import PayloadError
+from vmmigrate.hypervisor.base import ConsoleHistory, Guest
+from vmmigrate.net.channel import Channel
+from vmmigrate.wire import messages as m
+
+
+@dataclass
+class ReceivedState:
+    """Device state as it arrives; nothing is applied before all of it is here."""
+
+    time: TimeData
+    payloads: list[DevicePayload] = field(default_factory=list)
+    histories: list[ConsoleHistory] = field(default_factory=list)
+    body_bytes: int = 0
+
+    def add(self, state: m.DeviceState) -> None:
+        for item in state.payloads:
+            self.payloads.append(
+                DevicePayload(item.instance_name, item.payload_kind, item.version, item.body, item.optional)
+            )
+            self.body_bytes += len(item.body)
+        if len(self.payloads) > MAX_PAYLOADS or self.body_bytes > 4 * MAX_PAYLOAD_BYTES:
+            raise PayloadError("more device state than a guest can have", code="payload_count")
+
+
+async def collect_state(channel: Channel, deadline_s: float) -> tuple[ReceivedState, m.StateEnd]:
+    """Time, devices and console histories, up to the end that the source announces. Each message has a deadline."""
+    time_message = await channel.expect(m.TimeDataMessage, deadline_s=deadline_s)
+    received = ReceivedState(TimeData.from_map(dict(time_message.values)))
+    while True:
+        message = await channel.expect(m.DeviceState, m.ConsoleHistoryMessage, m.StateEnd, deadline_s=deadline_s)
+        if isinstance(message, m.StateEnd):
+            return received, message
+        if isinstance(message, m.DeviceState):
+            received.add(message)
+        else:
+            history = ConsoleHistory(message.port, message.beginning, message.rolling, message.total_bytes)
+            received.histories.append(history)
+
+
+async def import_state(guest: Guest, received: ReceivedState) -> None:
+    """Time first: timers are normalised against it. Devices: all are validated before one is applied."""
+    await guest.import_time(received.time)
+    await guest.import_devices(received.payloads)
+    for history in received.histories:
+        await guest.import_console_history(history)
+    guest.ram.make_read_only()
