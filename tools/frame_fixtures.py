@@ -68,6 +68,7 @@ SAMPLES: tuple[m.Message, ...] = (
         regions=((0, 3 << 30), (4 << 30, 1 << 20)),
         populated=((0, 256), (4 << 30, 1)),
         devices=(m.DeviceEntry("com1", "uart16550", 2, False), m.DeviceEntry("injector", "failure", 1, True)),
+        facts={"hypervisor": "embedded", "device_tree": "6c1f"},
     ),
     m.PreambleOk(select_digest=_DIGEST, blob_digests={"firmware": _DIGEST}, amended=("disk0", "nic0")),
     m.RoundEnd(round_number=3, records=(17, (1 << 64) - 1), pages=4096, dirty_pages=12),

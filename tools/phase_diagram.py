@@ -9,7 +9,7 @@ The table in vmmigrate/wire/phases.py is the only home of legality. A diagram ke
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -45,11 +45,17 @@ def common_messages() -> Iterator[str]:
     drawn = {kind for _, _, kind in TRANSITIONS}
     live = [phase for phase in Phase if phase not in TERMINAL]
     for kind in (kind for kind in Kind if kind not in drawn):
-        follows = {phase: next_phase(phase, Role.SOURCE, kind) for phase in live}
-        legal = {phase: following for phase, following in follows.items() if following is not None}
+        follows = {(phase, role): next_phase(phase, role, kind) for phase in live for role in Role}
+        legal = {phase: following for (phase, _), following in follows.items() if following is not None}
         effect = "changes nothing" if all(a is b for a, b in legal.items()) else f"leads to {set(legal.values()).pop()}"
-        except_in = [str(phase) for phase in live if phase not in legal]
+        except_in = [text for phase in live if (text := _forbidden(phase, follows))]
         yield f"{message_name(kind)} {effect}" + (f" (illegal in {', '.join(except_in)})" if except_in else "")
+
+
+def _forbidden(phase: Phase, follows: Mapping[tuple[Phase, Role], Phase | None]) -> str:
+    """Who may not say it in *phase*; empty when both may."""
+    silent = [role for role in Role if follows[phase, role] is None]
+    return str(phase) if len(silent) == len(Role) else "".join(f"{phase} for the {role}" for role in silent)
 
 
 def table() -> Iterator[str]:

@@ -24,6 +24,8 @@ from vmmigrate.cli.exits import Exit
         (CONFIG.replace('ca = "ca.pem"', 'ca = "unreadable"'), "unreadable: CA certificate cannot be read"),
         (CONFIG.replace('ca = "ca.pem"', 'ca = "host.toml"'), "not a CA certificate"),
         (CONFIG.replace("{name}-key.pem", "{name}.pem"), "not a private key"),
+        (CONFIG.replace('ca = "ca.pem"', 'ca = "ca.pem"\ncrl = "nowhere.pem"'), "nowhere.pem: no such revocation list"),
+        (CONFIG.replace('ca = "ca.pem"', 'ca = "ca.pem"\ncrl = "ca.pem"'), "ca.pem: not a revocation list"),
     ],
 )
 def test_malformed_settings_and_files_are_named(

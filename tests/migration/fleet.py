@@ -18,6 +18,7 @@ from tools.faults.site import end_guests
 from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.daemon.config import Config, read_config
 from vmmigrate.daemon.server import run_daemon
+from vmmigrate.engine.abilities import of_this_release
 from vmmigrate.errors import JournalError, VmMigrateError
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
@@ -26,6 +27,7 @@ from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsFiles
+from vmmigrate.wire.negotiate import Abilities
 
 TRUST_DOMAIN = "test.example"
 DEADLINE_S = 20.0
@@ -64,6 +66,7 @@ class RunningHost:
     stopped: trio.Event
     failures: list[JournalError]
     hypervisor: ObservedHypervisor
+    hangups: trio.MemorySendChannel[None]
 
     async def instance(self, instance_id: str) -> dict[str, Any]:
         return dict(await self.client.get(f"/v1/instances/{instance_id}"))
@@ -74,6 +77,11 @@ class RunningHost:
     def guest(self, instance_id: str) -> Guest:
         """The adapter's view of a guest that runs here."""
         return self.hypervisor.seen[instance_id]
+
+    async def reload(self) -> None:
+        """What SIGHUP does to a daemon of its own. The second is taken only when the first was obeyed."""
+        await self.hangups.send(None)
+        await self.hangups.send(None)
 
     async def stop(self) -> None:
         self.scope.cancel()
@@ -105,22 +113,32 @@ class Fleet:
         *,
         allow: str = "",
         limits: str = "",
+        tls: str = "",
         api_port: int = 0,
         hypervisor_class: type[ObservedHypervisor] = ObservedHypervisor,
         fsync: Callable[[int], None] = os.fsync,
+        compat: str = "",
+        abilities: Callable[[Abilities], Abilities] | None = None,
         **options: Any,
     ) -> RunningHost:
-        """Start (or restart) the daemon of host *name*."""
+        """Start (or restart) the daemon of host *name*.
+
+        Args:
+            compat: What stands in the section `[compat]` of its configuration.
+            abilities: What the host can do instead of all that this release can: for peers of other releases.
+        """
         directory = self.root / name
-        config = read_config(_write_config(self.root, directory, name, allow, limits, api_port))
+        config = read_config(_write_config(self.root, directory, name, allow, limits, tls, api_port, compat))
         hypervisor = await hypervisor_class.open(
             config.directories.runtime, witness_dir=self.root / "witness", **options
         )
         scope, stopped, failures = trio.CancelScope(), trio.Event(), list[JournalError]()
-        run = partial(run_daemon, config, hypervisor=hypervisor, fsync=fsync)
+        hangups, reloads = trio.open_memory_channel[None](0)
+        able = abilities(of_this_release(hypervisor.capabilities)) if abilities else None
+        run = partial(run_daemon, config, hypervisor=hypervisor, fsync=fsync, reloads=reloads, abilities=able)
         facts: Mapping[str, Any] = await self.nursery.start(_run, run, scope, stopped, failures)
         client = await self.stack.enter_async_context(open_client(facts["api_url"], self.operator))
-        host = RunningHost(name, config, facts["api_url"], client, facts, scope, stopped, failures, hypervisor)
+        host = RunningHost(name, config, facts["api_url"], client, facts, scope, stopped, failures, hypervisor, hangups)
         self.hosts[name] = host
         return host
 
@@ -132,6 +150,12 @@ class Fleet:
             for instance in await host.client.get("/v1/instances"):
                 with contextlib.suppress(Exception):
                     await host.client.delete(f"/v1/instances/{instance['id']}")
+
+
+def files_of(root: Path, name: str) -> TlsFiles:
+    """What the party *name* shows, as `open_fleet` issued it."""
+    authority = root / "pki"
+    return TlsFiles(authority / "ca.pem", authority / f"{name}.pem", authority / f"{name}-key.pem")
 
 
 async def _run(
@@ -150,7 +174,9 @@ async def _run(
         stopped.set()
 
 
-def _write_config(root: Path, directory: Path, name: str, allow: str, limits: str, api_port: int) -> Path:
+def _write_config(
+    root: Path, directory: Path, name: str, allow: str, limits: str, tls: str, api_port: int, compat: str
+) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / "daemon.toml"
     path.write_text(
@@ -163,15 +189,18 @@ bulk = "127.0.0.1:0"
 ca = "{root}/pki/ca.pem"
 certificate = "{root}/pki/{name}.pem"
 key = "{root}/pki/{name}-key.pem"
+{tls}
 [directories]
 state = "state"
 runtime = "{root}/run-{name}"
 [allow]
-interfaces = ["vnic*"]
+interfaces = ["vnic*", "opte*"]
 features = ["failure-injection"]
 {allow}
 [limits]
 {limits}
+[compat]
+{compat}
 """
     )
     return path

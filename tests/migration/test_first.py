@@ -31,7 +31,7 @@ async def test_a_guest_that_rewrites_its_memory_moves_in_rounds_and_is_as_it_was
         instance = await create(alpha, program=stress(48, 6000))
         await wait_filled(alpha, instance, 48 * 256)
 
-        record = await migrate(alpha, beta, instance, verify="full", downtime_ms=22)
+        record = await migrate(alpha, beta, instance, verify="full", downtime_ms=22, force=True)
 
         assert record["outcome"] == "moved", record
         assert len(record["ram"]["rounds"]) >= 3, record["ram"]

@@ -72,14 +72,15 @@ class Opened:
 
 
 @asynccontextmanager
-async def open_door(files: TlsFiles, **limits: float) -> AsyncIterator[Opened]:
+async def open_door(files: TlsFiles | ServerCredentials, **limits: float) -> AsyncIterator[Opened]:
     refused, refusals = trio.open_memory_channel[VmMigrateError](1000)
 
     def on_refusal(peer: str, error: VmMigrateError) -> None:
         assert peer.startswith(LOOPBACK) or "gone" in peer
         refused.send_nowait(error)
 
-    door = BulkDoor(ServerCredentials(files).current, DoorLimits(**limits), on_refusal=on_refusal)  # type: ignore[arg-type]
+    credentials = files if isinstance(files, ServerCredentials) else ServerCredentials(files)
+    door = BulkDoor(credentials.current, DoorLimits(**limits), on_refusal=on_refusal)  # type: ignore[arg-type]
     listeners = await open_listeners(LOOPBACK, 0)
     with refused, refusals:
         async with open_group() as nursery:

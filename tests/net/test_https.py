@@ -7,7 +7,7 @@ import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -324,7 +324,7 @@ async def test_half_a_body_is_no_request() -> None:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    await BodyCap(must_not_be_called, 1000, WAIT_S)({"type": "http", "headers": []}, receive, send)
+    await BodyCap(must_not_be_called, HttpsLimits(max_body_bytes=1000))({"type": "http", "headers": []}, receive, send)
 
     assert sent == arriving == []
 
@@ -339,6 +339,59 @@ async def test_a_connection_too_many_is_refused(source_files: TlsFiles, operator
         assert (await first.get(daemon.url)).status_code == 200
 
     assert refusal.code == "too_many_connections"
+
+
+async def test_one_client_cannot_take_all_connections(
+    source_files: TlsFiles, destination_files: TlsFiles, operator_files: TlsFiles
+) -> None:
+    async with served(show_tls, source_files, max_connections_per_peer=1) as daemon, client(operator_files) as first:
+        await first.get(daemon.url)
+        async with client(operator_files) as second:
+            with pytest.raises(httpx2.TransportError):
+                await second.get(daemon.url)
+        refusal = await daemon.wait_refusal()
+        async with client(destination_files) as other:
+            assert (await other.get(daemon.url)).status_code == 200
+
+    assert refusal.code == "too_many_connections"
+    assert "of this peer" in refusal.text
+
+
+async def test_a_host_has_nothing_to_say_in_a_body(
+    source_files: TlsFiles, destination_files: TlsFiles, operator_files: TlsFiles
+) -> None:
+    """It may ask about a migration. What would be buffered for it is no more than that takes."""
+    async with served(count_body, source_files, max_host_body_bytes=100) as daemon:
+        for files, size, status in (
+            (destination_files, 100, 200),
+            (destination_files, 101, 413),
+            (operator_files, 101, 200),
+        ):
+            async with client(files) as http:
+                reply = await http.post(daemon.url, content=bytes(size))
+            assert reply.status_code == status
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9),
+        b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: \r\n\r\n",
+    ],
+    ids=["prior knowledge", "upgrade"],
+)
+async def test_http_2_is_not_spoken(source_files: TlsFiles, operator_files: TlsFiles, greeting: bytes) -> None:
+    """A hundred streams in one connection would each have the limits of a connection."""
+    heard = b""
+    async with served(must_not_be_called, source_files) as daemon:
+        stream = await raw_request(daemon, operator_files, greeting)
+        with suppress(trio.BrokenResourceError), trio.fail_after(WAIT_S):
+            while chunk := await stream.receive_some():
+                heard += chunk
+        await trio.aclose_forcefully(stream)
+
+    assert b"200" not in heard
+    assert b"\x00\x00" not in heard, "no frame of HTTP/2"
 
 
 async def test_a_slow_handshake_is_shed_and_delays_nobody(source_files: TlsFiles, operator_files: TlsFiles) -> None:

@@ -29,18 +29,17 @@ from vmmigrate.net.tls import (
     bound_port,
     client_context,
     close_tls,
-    closed_after_handshake,
     connect_blocking,
     connect_tls,
     load_identity,
     log_refusal,
-    map_tls_errors,
     open_listeners,
     peer_identity,
     serve_tls,
     server_context,
     wrap_blocking_server,
 )
+from vmmigrate.net.tls_errors import closed_after_handshake, map_tls_errors
 
 from .conftest import HOUR, TRUST_DOMAIN, Site, host_identity
 

@@ -85,6 +85,7 @@ FIELDS: Mapping[type[m.Message], Mapping[str, st.SearchStrategy[Any]]] = {
         "regions": tuples(st.tuples(U64, st.integers(1, U64_MAX))),
         "populated": tuples(st.tuples(U64, st.integers(1, U64_MAX))),
         "devices": tuples(DEVICE),
+        "facts": maps(text()),
     },
     m.PreambleOk: {"select_digest": DIGEST, "blob_digests": maps(DIGEST), "amended": WORDS},
     m.RoundEnd: {"round_number": COUNT, "records": tuples(U64), "pages": U64, "dirty_pages": U64},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from vmmigrate.errors import LocalProtocolError, RemoteProtocolError
 from vmmigrate.wire import messages as m
-from vmmigrate.wire.codec import CODEC, MAX_EXTENTS, U64_MAX, decode, encode
-from vmmigrate.wire.framing import Frame
+from vmmigrate.wire.codec import CODEC, MAX_EXTENTS, MAX_SPEC_BYTES, U64_MAX, decode, encode
+from vmmigrate.wire.framing import MAX_BODY_BYTES, Frame
 from vmmigrate.wire.phases import Kind
 
 from .pair import SAMPLE
@@ -101,7 +102,8 @@ def test_a_value_of_another_type_is_refused_by_name(kind: Kind, name: str) -> No
             assert f"{kind.name}: field {name!r} is wrong, allowed is " in found.text
             refused += 1
         else:
-            assert encode(found) == frame or isinstance(value, int), f"{value!r} was coerced"
+            skipped = name == "ram" and isinstance(value, dict)  # topics of a newer peer that are no lists of words
+            assert encode(found) == frame or isinstance(value, int) or skipped, f"{value!r} was coerced"
 
     assert refused >= len(WRONG) - 4
 
@@ -139,7 +141,7 @@ OUT_OF_RANGE: list[tuple[Kind, str, Any]] = [
     (Kind.PREAMBLE, "epoch", [1, -1]),
     (Kind.PREAMBLE, "regions", [[0, 0]]),
     (Kind.PREAMBLE, "regions", [[0, 4096]] * 65),
-    (Kind.PREAMBLE, "spec", b"x" * ((16 << 20) + 1)),
+    (Kind.PREAMBLE, "spec", b"x" * (MAX_SPEC_BYTES + 1)),
     (Kind.PREAMBLE, "devices", [["com1", "uart", 0, False]]),
     (Kind.PREAMBLE, "devices", [["com1", "uart", 1]]),
     (Kind.PREAMBLE, "devices", [["com1", "uart", 1, 0]]),
@@ -172,7 +174,13 @@ def test_an_offer_leaves_room_for_a_newer_peer() -> None:
     offer = SAMPLE[Kind.OFFER]
     assert isinstance(offer, m.Offer)
     newer = frame_of(
-        Kind.OFFER, {**body_of(Kind.OFFER), "protocols": [0, 1, U64_MAX >> 32], "ram": {"colours": ["red"]}, "x": [[]]}
+        Kind.OFFER,
+        {
+            **body_of(Kind.OFFER),
+            "protocols": [0, 1, U64_MAX >> 32],
+            "ram": {"colours": ["red"], "lanes": 4, "levels": {"zstd": 3}, "names": ["x" * 65]},
+            "x": [[]],
+        },
     )
 
     decoded = decode(newer)
@@ -272,6 +280,63 @@ def test_more_extents_than_allowed_are_refused_before_they_are_unpacked() -> Non
     header = b"\x81\xa9populated\xdd" + (MAX_EXTENTS + 1).to_bytes(4, "big")
 
     refusal(Frame(Kind.PREAMBLE, header + b"\x00" * (MAX_EXTENTS + 1)))
+
+
+LARGEST = [(kind, size) for kind, size in MAX_BODY_BYTES.items() if size > 1 << 20 or kind is Kind.OFFER]
+
+
+@pytest.mark.parametrize(("kind", "size"), LARGEST, ids=lambda part: getattr(part, "name", ""))
+@pytest.mark.parametrize(
+    "filling",
+    [b"\x90", b"\x80", b"\xa2ab", b"\xcd\xff\xff", b"\xca\x00\x00\x00\x01", b"\xc4\x02ab", b"\x91"],
+    ids=["lists", "maps", "texts", "integers", "floats", "bytes", "abyss"],
+)
+def test_the_largest_body_costs_little_more_than_itself(kind: Kind, size: int, filling: bytes) -> None:
+    """As many small objects as fit: unpacked they would take up to 60 times the body, gigabytes for device state."""
+    count = (size - 16) // len(filling)
+    body = b"\x81\xa1x\xdd" + count.to_bytes(4, "big") + filling * count
+    frame = Frame(kind, body)
+    tracemalloc.start()
+    try:
+        refusal(frame)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 32 << 20
+
+
+@pytest.mark.parametrize("kind", [Kind.HEARTBEAT, Kind.DEVICE_STATE, Kind.PREAMBLE], ids=lambda kind: kind.name)
+def test_nested_announcements_of_large_arrays_are_not_believed(kind: Kind) -> None:
+    """Each header makes the unpacker allocate for all that it announces: 800 of them would ask for 6 GiB."""
+    body = b"\x81\xa1x" + (b"\xdd" + (1 << 20).to_bytes(4, "big")) * 800
+    tracemalloc.start()
+    try:
+        refusal(Frame(kind, body))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 1 << 20
+
+
+def test_what_the_fields_allow_fits_the_count_of_objects() -> None:
+    """The largest preamble and device state that we would send ourselves."""
+    preamble = dataclasses.replace(
+        SAMPLE[Kind.PREAMBLE],
+        populated=tuple((i << 21, 1) for i in range(MAX_EXTENTS)),
+        devices=(m.DeviceEntry("d", "k", 1, False),) * 4096,
+    )
+    state = m.DeviceState((m.PayloadItem("d", "k", 1, False, b""),) * 4096)
+
+    for message in (preamble, state):
+        assert decode(encode(message)) == message
+
+
+def test_the_name_of_an_unknown_field_is_quoted_only_in_part() -> None:
+    told = refusal(frame_of(Kind.FAILED, {**body_of(Kind.FAILED), "x" * 200_000: 1}))
+
+    assert len(told) < 200
 
 
 @given(st.sampled_from(Kind), st.binary(max_size=200))

@@ -17,6 +17,8 @@ from vmmigrate.wire.negotiate import (
     PROTOCOL_VERSIONS,
     TRANSPORTS,
     Abilities,
+    Mismatch,
+    Need,
     choose,
     first_common,
     newest_common,
@@ -33,6 +35,7 @@ OFFER: Offer = replace(
     payloads={"rtc": (1, 2)},
     ram={"transports": TRANSPORTS, "encodings": ENCODINGS, "digests": DIGESTS},
 )
+CLOCK, PORT = {"device": "clock0", "kind": "rtc"}, {"device": "com1", "kind": "uart"}
 VERSIONS = st.lists(st.integers(1, 9), max_size=5).map(tuple)
 
 
@@ -55,9 +58,7 @@ def test_our_best_common_word_is_chosen_whatever_the_peers_order(ours: list[str]
 
 
 def test_what_both_sides_know_is_chosen() -> None:
-    source = Abilities(payloads={"rtc": ("clock0", (1, 2))})
-
-    choice = choose(OFFER, source, wanted_streams=4)
+    choice = choose(OFFER, Abilities(), wanted_streams=4, needs=[Need("clock0", "rtc", (1, 2))])
 
     assert (choice.protocol, choice.transport, choice.digest) == (1, "tls", "multilinear-64")
     assert choice.encodings == ("raw", "zero")
@@ -78,9 +79,9 @@ def test_unknown_words_and_versions_are_skipped() -> None:
         },
     )
 
-    choice = choose(newer, Abilities(payloads={"rtc": ("clock0", (1, 2))}), wanted_streams=1)
+    choice = choose(newer, Abilities(), 1, [Need("clock0", "rtc", (1, 2))])
 
-    assert choice == choose(replace(OFFER, payloads={"rtc": (1,)}), Abilities(payloads={"rtc": ("c", (1, 2))}), 1)
+    assert choice == choose(replace(OFFER, payloads={"rtc": (1,)}), Abilities(), 1, [Need("clock0", "rtc", (1, 2))])
     assert choice.encodings == ("raw", "zero"), "in our order"
 
 
@@ -92,10 +93,11 @@ def test_an_encoding_besides_raw_is_optional() -> None:
 
 def test_all_mismatches_are_reported_at_once() -> None:
     stranger = replace(OFFER, protocols=(2,), payloads={}, ram={"transports": ("quantum",), "encodings": ("zero",)})
-    source = Abilities(payloads={"rtc": ("clock0", (1,)), "uart": ("com1", (3, 4))})
+    needs = [Need("clock0", "rtc", (1,)), Need("com1", "uart", (3, 4)), Need("screen", "ramfb", (1,), optional=True)]
+    fact = Mismatch("fact cpu_model", ("qemu64",), ("EPYC",))
 
     with pytest.raises(NegotiationError) as caught:
-        choose(stranger, source, wanted_streams=1)
+        choose(stranger, Abilities(), 1, needs, [fact])
 
     assert caught.value.code == "no_common_ground"
     assert caught.value.details["mismatches"] == [
@@ -103,8 +105,9 @@ def test_all_mismatches_are_reported_at_once() -> None:
         {"topic": "transports", "source": ["tls"], "destination": ["quantum"]},
         {"topic": "digests", "source": ["multilinear-64"], "destination": []},
         {"topic": "encodings", "source": ["raw", "zero"], "destination": ["zero"]},
-        {"topic": "payload rtc of device clock0", "source": ["1"], "destination": []},
-        {"topic": "payload uart of device com1", "source": ["3", "4"], "destination": []},
+        {"topic": "payload rtc of device clock0", "source": ["1"], "destination": [], **CLOCK},
+        {"topic": "payload uart of device com1", "source": ["3", "4"], "destination": [], **PORT},
+        {"topic": "fact cpu_model", "source": ["qemu64"], "destination": ["EPYC"]},
     ]
     for part in ("protocol: source {1}, destination {2}", "device com1: source {3, 4}, destination {}"):
         assert part in caught.value.text
@@ -135,3 +138,56 @@ def test_the_stream_count_is_the_least_that_anybody_allows_and_at_least_one(
 
 def test_a_default_source_allows_the_released_number_of_streams() -> None:
     assert choose(replace(OFFER, max_streams=1024), Abilities(), 1024).streams == MAX_STREAMS
+
+
+def test_one_version_serves_all_devices_of_a_kind() -> None:
+    """`Select` names one version per kind: the newest that every such device can write and the peer reads."""
+    offer = replace(OFFER, payloads={"uart": (1, 2, 3)})
+
+    choice = choose(offer, Abilities(), 1, [Need("com1", "uart", (3, 2, 1)), Need("com2", "uart", (2, 1))])
+
+    assert choice.payloads == {"uart": 2}
+
+
+def test_a_refusal_names_the_device_whose_state_cannot_be_said_and_not_its_neighbour() -> None:
+    offer = replace(OFFER, payloads={"uart": (1,)})
+
+    with pytest.raises(NegotiationError) as caught:
+        choose(offer, Abilities(), 1, [Need("com1", "uart", (2, 1)), Need("com2", "uart", (2,))])
+
+    assert [x["device"] for x in caught.value.details["mismatches"]] == ["com2"]
+
+
+def test_devices_that_have_no_version_in_common_with_each_other_are_all_named() -> None:
+    offer = replace(OFFER, payloads={"uart": (1, 2)})
+
+    with pytest.raises(NegotiationError) as caught:
+        choose(offer, Abilities(), 1, [Need("com1", "uart", (1,)), Need("com2", "uart", (2,))])
+
+    assert [x["device"] for x in caught.value.details["mismatches"]] == ["com1", "com2"]
+
+
+@pytest.mark.parametrize(
+    ("readable", "chosen", "skipped"),
+    [
+        ({}, {}, (("cpu0", "pmu"), ("cpu1", "pmu"))),
+        ({"pmu": (9,)}, {}, (("cpu0", "pmu"), ("cpu1", "pmu"))),
+        ({"pmu": (1,)}, {"pmu": 1}, ()),
+    ],
+)
+def test_an_optional_payload_that_the_destination_does_not_read_is_skipped_and_told(
+    readable: dict[str, tuple[int, ...]], chosen: dict[str, int], skipped: tuple[tuple[str, str], ...]
+) -> None:
+    needs = [Need("cpu0", "pmu", (1,), optional=True), Need("cpu1", "pmu", (1,), optional=True)]
+
+    choice = choose(replace(OFFER, payloads=readable), Abilities(), 1, needs)
+
+    assert (choice.payloads, choice.skipped) == (chosen, skipped)
+
+
+def test_an_optional_device_does_not_hold_up_a_mandatory_one_of_its_kind() -> None:
+    needs = [Need("a", "uart", (1,)), Need("b", "uart", (2,), optional=True)]
+
+    choice = choose(replace(OFFER, payloads={"uart": (1, 2)}), Abilities(), 1, needs)
+
+    assert (choice.payloads, choice.skipped) == ({"uart": 1}, (("b", "uart"),))

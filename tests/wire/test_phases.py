@@ -131,11 +131,11 @@ def test_every_kind_can_be_said_in_some_phase() -> None:
     assert not {kind for _, _, kind in TRANSITIONS} & set(IN_EVERY_LIVE_PHASE)
 
 
-def test_cancel_is_legal_everywhere_but_in_doubt() -> None:
-    """Rule 11: the guest was given away; asking does not bring it back."""
+def test_cancel_is_legal_everywhere_but_in_doubt_and_for_a_destination_that_is_ready() -> None:
+    """Rule 11: what was given away is not called back by asking; after Ready `refused` has to be durable first."""
     for phase, role in itertools.product(LIVE, Role):
-        wanted = None if phase is Phase.IN_DOUBT else Phase.FAILED
-        assert next_phase(phase, role, Kind.CANCEL) is wanted
+        forbidden = phase is Phase.IN_DOUBT or (phase, role) == (Phase.READY, Role.DESTINATION)
+        assert next_phase(phase, role, Kind.CANCEL) is (None if forbidden else Phase.FAILED)
 
 
 def test_only_running_leads_to_done_and_only_the_handoff_into_doubt() -> None:

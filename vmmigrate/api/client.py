@@ -20,7 +20,8 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.net.identity import Identity
-from vmmigrate.net.tls import TlsFiles, client_context, map_tls_errors
+from vmmigrate.net.tls import TlsFiles, client_context
+from vmmigrate.net.tls_errors import map_tls_errors
 
 REQUEST_DEADLINE_S = 30.0
 

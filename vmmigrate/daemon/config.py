@@ -6,10 +6,12 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from vmmigrate.devices import opaque, registry
 from vmmigrate.errors import UsageError
 from vmmigrate.net.tls import TlsFiles
+from vmmigrate.spec import chain
 
 
 class _Section(BaseModel):
@@ -53,9 +55,16 @@ class Listen(_Section):
 
 
 class Tls(_Section):
+    """PEM files; read again on SIGHUP.
+
+    Attributes:
+        crl: The CA's revocation list. Without one a stolen key is good until its certificate expires.
+    """
+
     ca: FilePath
     certificate: FilePath
     key: FilePath
+    crl: FilePath | None = None
 
 
 class Directories(_Section):
@@ -101,6 +110,42 @@ class Limits(_Section):
     max_ram_bytes: Annotated[int, Field(gt=0)] = 1 << 42
 
 
+def _known_spec_version(name: str) -> str:
+    if name not in chain.CHAIN.names:
+        raise ValueError(f"{name!r} is no spec version, allowed are {', '.join(chain.CHAIN.names)}")
+    return name
+
+
+def _known_payloads(payloads: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Opaque kinds belong to the hypervisor, which is not open yet; they are taken as they stand."""
+    for kind, versions in payloads.items():
+        if opaque.owner_of(kind) is not None:
+            continue
+        if kind not in registry.KINDS:
+            raise ValueError(f"{kind!r} is no payload kind")
+        readable = registry.KINDS[kind].readable
+        if not set(versions) <= set(readable):
+            raise ValueError(f"{kind} has the versions {', '.join(map(str, sorted(readable)))}")
+    return payloads
+
+
+SpecVersion = Annotated[str, AfterValidator(_known_spec_version)]
+
+
+class Compat(_Section):
+    """For a fleet of several releases: what this host offers and sends is narrowed to what the others know.
+
+    Attributes:
+        spec_versions: Instead of all; none at all is a mistake.
+        payloads: By kind, instead of all its versions; kinds that are not named keep theirs.
+    """
+
+    spec_versions: Annotated[list[Annotated[str, AfterValidator(_known_spec_version)]], Field(min_length=1)] | None = (
+        None
+    )
+    payloads: Annotated[dict[str, list[int]], AfterValidator(_known_payloads)] = Field(default_factory=dict)
+
+
 class Config(_Section):
     """Everything a daemon needs to start. Relative paths are relative to the file."""
 
@@ -109,9 +154,10 @@ class Config(_Section):
     directories: Directories
     allow: Allow = Allow()
     limits: Limits = Limits()
+    compat: Compat = Compat()
 
     def tls_files(self) -> TlsFiles:
-        return TlsFiles(self.tls.ca, self.tls.certificate, self.tls.key)
+        return TlsFiles(self.tls.ca, self.tls.certificate, self.tls.key, self.tls.crl)
 
 
 def read_config(path: Path) -> Config:
@@ -143,7 +189,7 @@ def _plainly(error: Any) -> str:
 
 def _absolute(config: Config, base: Path) -> Config:
     base = base.resolve()
-    tls = Tls.model_construct(**{name: base / value for name, value in config.tls})
+    tls = Tls.model_construct(**{name: value and base / value for name, value in config.tls})
     directories = Directories.model_construct(**{name: value and base / value for name, value in config.directories})
     volumes = {name: base / path for name, path in config.allow.volumes.items()}
     allow = config.allow.model_copy(update={"paths": [base / path for path in config.allow.paths], "volumes": volumes})

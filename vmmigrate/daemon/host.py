@@ -18,7 +18,7 @@ from vmmigrate.api.models import CreateInstance
 from vmmigrate.daemon.admission import check_admissible
 from vmmigrate.daemon.config import Config
 from vmmigrate.daemon.documents import DocumentStore, InstanceDocument
-from vmmigrate.engine.destination import Arrival
+from vmmigrate.engine.incoming import Arrival
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.errors import HypervisorError, JournalError, RequestError, SpecBuildError, UsageError, VmMigrateError
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp, Hypervisor

@@ -17,8 +17,9 @@ from vmmigrate.api.client import open_client
 from vmmigrate.api.models import MigrateIn, MigrateOut
 from vmmigrate.daemon.config import address as parse_address
 from vmmigrate.daemon.host import Host
-from vmmigrate.devices import registry
-from vmmigrate.engine.destination import DestinationMigration, migrate_in
+from vmmigrate.engine.abilities import narrowed, of_this_release
+from vmmigrate.engine.destination import migrate_in
+from vmmigrate.engine.incoming import DestinationMigration
 from vmmigrate.engine.limits import Deadlines, MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
 from vmmigrate.engine.outgoing import SettleAnswer, SourceMigration, settle
@@ -40,7 +41,7 @@ from vmmigrate.net.channel import Channel, open_channel, refusal_of
 from vmmigrate.net.door import BulkDoor
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.secrets import ticket_hash
-from vmmigrate.net.tls import TlsStream, client_context, close_tls, connect_tls
+from vmmigrate.net.tls import ServerCredentials, TlsStream, close_tls, connect_tls
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
@@ -48,6 +49,7 @@ from vmmigrate.ownership.state import Holding, Incoming, Outgoing
 from vmmigrate.spec import amend
 from vmmigrate.wire import phases
 from vmmigrate.wire.messages import Offer, Resume
+from vmmigrate.wire.negotiate import Abilities
 
 log = structlog.get_logger(__name__)
 
@@ -64,12 +66,22 @@ class Migrations:
         records: By migration id, as JSON-ready maps for those that ended before this daemon started.
         sources: Outgoing migrations whose guest this daemon holds; arriving: incoming ones under way.
         channels: The control channel of each migration that is under way.
+        abilities: What this host offers and chooses among.
         cancelled: Migrations that an operator has called off, and why.
     """
 
-    def __init__(self, host: Host, door: BulkDoor, ports: Mapping[str, int], api_url: str) -> None:
+    def __init__(
+        self,
+        host: Host,
+        door: BulkDoor,
+        credentials: ServerCredentials,
+        ports: Mapping[str, int],
+        api_url: str,
+        abilities: Abilities | None = None,
+    ) -> None:
         self.host = host
         self.door = door
+        self.credentials = credentials
         self.ports = ports
         self.api_url = api_url
         self.records: dict[str, MigrationRecord] = {}
@@ -79,6 +91,7 @@ class Migrations:
         self.cancelled: dict[str, MigrationCancelled] = {}
         self.arriving: dict[str, DestinationMigration] = {}
         limits = host.config.limits
+        self.abilities = abilities or _abilities(host)
         self.deadlines = Deadlines(
             handoff_window_s=limits.handoff_window_s, verdict_s=limits.verdict_s, resume_s=limits.resume_window_s
         )
@@ -178,6 +191,7 @@ class Migrations:
             bulk_port=self.ports["bulk"],
             record=record,
             ask_destination=partial(self._ask_destination, destination),
+            abilities=self.abilities,
             options=options,
             deadlines=self.deadlines,
         )
@@ -318,7 +332,7 @@ class Migrations:
         address = _source_address(request.source_address)
         replacements = amend.parse_replacements(request.replacements)
         source = Identity(host.identity.trust_domain, Role.HOST, request.source_host)
-        context = client_context(host.config.tls_files(), source)
+        context = self.credentials.client(source)
         await host.journal.commit(
             rules.Reserve(r.Reserved(request.migration_id, request.instance_id, source.name, request.source_url))
         )
@@ -341,9 +355,8 @@ class Migrations:
             journal=host.journal,
             record=record,
             build_guest=partial(host.build_arrival, request.migration_id, request.instance_id),
-            payloads={name: kind.readable for name, kind in registry.KINDS.items()},
-            facts={"hypervisor": host.hypervisor.capabilities.hypervisor},
             api_url=self.api_url,
+            abilities=self.abilities,
             replacements=replacements,
             allowances=amend.Allowances.of(
                 request.keep,
@@ -374,7 +387,7 @@ class Migrations:
 
     @asynccontextmanager
     async def _connected(self, migration: DestinationMigration, address: tuple[str, int]) -> Any:
-        stream, _ = await connect_tls(*address, self.host.config.tls_files(), migration.source, CONNECT_DEADLINE_S)
+        stream, _ = await connect_tls(*address, migration.context, migration.source, CONNECT_DEADLINE_S)
         try:
             async with open_channel(stream, phases.Role.DESTINATION) as channel:
                 self._enter(migration.migration_id, channel)
@@ -461,6 +474,12 @@ class Migrations:
     def _advertised(self) -> str:
         host = self.host.config.listen.advertise or self.host.config.listen.migration[0]
         return f"[{host}]" if ":" in host else host
+
+
+def _abilities(host: Host) -> Abilities:
+    """What this release can do with this hypervisor, narrowed as the configuration says."""
+    compat = host.config.compat
+    return narrowed(of_this_release(host.hypervisor.capabilities), compat.spec_versions, compat.payloads)
 
 
 def _options(request: MigrateOut) -> MigrationOptions:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import structlog
 import trio
@@ -18,7 +19,7 @@ from vmmigrate.daemon.host import Host, Instance
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.daemon.recovery import recover
 from vmmigrate.engine.journal import AsyncJournal, Journal
-from vmmigrate.errors import JournalError, UsageError
+from vmmigrate.errors import JournalError, UsageError, VmMigrateError
 from vmmigrate.hypervisor.base import Hypervisor
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
 from vmmigrate.net.door import BulkDoor
@@ -26,17 +27,23 @@ from vmmigrate.net.https import serve_https
 from vmmigrate.net.identity import Call, Role
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import ServerCredentials, bound_port, load_identity, open_listeners, serve_tls
+from vmmigrate.wire.negotiate import Abilities
 
 log = structlog.get_logger(__name__)
 
 OnReady = Callable[[Mapping[str, Any]], None]
 
 
+# A revocation list is looked at so often, whether it must be renewed; and then warned of so often.
+LIST_CHECK_S: Final = 3600.0
+
+
 async def run_until_signal(config: Config, on_ready: OnReady) -> None:
-    """As `run_daemon`, until SIGTERM or SIGINT."""
-    async with open_group() as nursery:
-        nursery.start_soon(_stop_on_signal, nursery)
-        await run_daemon(config, on_ready)
+    """As `run_daemon`, until SIGTERM or SIGINT; SIGHUP reads certificates and revocation list again."""
+    with trio.open_signal_receiver(signal.SIGHUP) as hangups:
+        async with open_group() as nursery:
+            nursery.start_soon(_stop_on_signal, nursery)
+            await run_daemon(config, on_ready, reloads=hangups)
 
 
 async def run_daemon(
@@ -44,12 +51,16 @@ async def run_daemon(
     on_ready: OnReady,
     hypervisor: Hypervisor | None = None,
     fsync: Callable[[int], None] = os.fsync,
+    reloads: AsyncIterator[object] | None = None,
+    abilities: Abilities | None = None,
 ) -> None:
     """Serve until cancelled. Guests outlive the daemon.
 
     Args:
         on_ready: Told the bound ports and URLs once everything is served.
+        abilities: Instead of what this release and the configuration say: for peers of other releases, in tests.
         fsync: For the journal and all documents; a disk that fails is a fault to be tested.
+        reloads: Each item is an order to read certificates and revocation list again.
 
     Raises:
         UsageError, IdentityError, JournalError, HypervisorError: it cannot start; nothing is left open.
@@ -61,7 +72,7 @@ async def run_daemon(
         raise UsageError(
             f"{files.certificate}: {identity} is no host; a daemon needs a host's certificate", code="wrong_role"
         )
-    credentials = ServerCredentials(files)
+    credentials = ServerCredentials(files, identity)
     journal, documents = await trio.to_thread.run_sync(_open_state, config.directories.state, fsync)
     instances: dict[str, Instance] = {}
     try:
@@ -71,7 +82,10 @@ async def run_daemon(
         async with open_group() as nursery:
             host = Host(config, identity, journal, documents, hypervisor, nursery, instances)
             nursery.start_soon(_stop_on_failure, host)
-            await _serve(host, credentials, nursery, on_ready)
+            nursery.start_soon(_warn_of_list, credentials)
+            if reloads is not None:
+                nursery.start_soon(_reload_each_time, credentials, reloads)
+            await _serve(host, credentials, nursery, on_ready, abilities)
             await trio.sleep_forever()
     finally:
         # Only now: migrations that were under way have been undone, and needed their guests for it.
@@ -87,14 +101,16 @@ def _open_state(state: Path, fsync: Callable[[int], None]) -> tuple[AsyncJournal
     return AsyncJournal(Journal(state / "journal.vmmj", fsync)), documents
 
 
-async def _serve(host: Host, credentials: ServerCredentials, nursery: trio.Nursery, on_ready: OnReady) -> None:
+async def _serve(
+    host: Host, credentials: ServerCredentials, nursery: trio.Nursery, on_ready: OnReady, abilities: Abilities | None
+) -> None:
     """Listen on all three ports; recover before anybody is served."""
     listen = host.config.listen
     migration_port = await open_listeners(*listen.migration)
     bulk_port = await open_listeners(*listen.bulk)
     door = BulkDoor(credentials.current)
     ports = {"migration": bound_port(migration_port), "bulk": bound_port(bulk_port)}
-    migrations = Migrations(host, door, ports, "")
+    migrations = Migrations(host, door, credentials, ports, "", abilities)
     await recover(host, migrations)
     api_port = await nursery.start(_serve_api, host, migrations, credentials)
     advertised = listen.advertise or listen.api[0]
@@ -132,6 +148,42 @@ async def _stop_on_signal(nursery: trio.Nursery) -> None:
             log.info("daemon.stopping", signal=signal.Signals(number).name)
             nursery.cancel_scope.cancel()
             return
+
+
+async def _reload_each_time(credentials: ServerCredentials, orders: AsyncIterator[object]) -> None:
+    """Bad files change nothing: what was in force stays in force, and the log says what is wrong."""
+    async for _ in orders:
+        try:
+            ended = credentials.reload()
+        except VmMigrateError as error:
+            log.error("tls.not_reloaded", code=error.code, text=error.text)
+            continue
+        log.info("tls.reloaded", identity=credentials.current().own.uri, connections_ended=len(ended))
+        for refusal in ended:
+            log.warning("tls.connection_ended", code=refusal.code, text=refusal.text)
+        _warn_if_list_ends_soon(credentials)
+
+
+async def _warn_of_list(credentials: ServerCredentials) -> None:
+    while True:
+        _warn_if_list_ends_soon(credentials)
+        await trio.sleep(LIST_CHECK_S)
+
+
+def _warn_if_list_ends_soon(credentials: ServerCredentials) -> None:
+    """An expired revocation list lets nobody in: somebody has to know before."""
+    revocations, now = credentials.current().revocations, datetime.now(UTC)
+    if revocations is None or not revocations.ends_soon(now):
+        return
+    left_s = int(revocations.ends_in(now) / timedelta(seconds=1))
+    report = log.warning if left_s > 0 else log.error
+    report(
+        "tls.revocation_list_ends",
+        file=str(revocations.path),
+        next_update=revocations.next_update.isoformat(),
+        left_s=left_s,
+        text="renew it and send SIGHUP; once it has expired nobody is let in",
+    )
 
 
 async def _stop_on_failure(host: Host) -> None:

@@ -46,6 +46,24 @@ class Integer:
 
 
 @dataclass(frozen=True, slots=True)
+class Bits:
+    """A register of which only the bits of *allowed* exist."""
+
+    allowed: int
+
+    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+        if type(tree) is not int or tree < 0 or tree & ~self.allowed:
+            problems.append(f"{path}: {_shown(tree)}, which has unknown bits; allowed are those of {self.allowed:#x}")
+        return tree
+
+    def encode(self, value: Any) -> Any:
+        return value
+
+    def describe(self) -> str:
+        return f"bits {self.allowed:#x}"
+
+
+@dataclass(frozen=True, slots=True)
 class Boolean:
     def decode(self, tree: Any, path: str, problems: Problems) -> Any:
         if type(tree) is not bool:

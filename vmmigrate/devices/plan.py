@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vmmigrate.devices import registry
-from vmmigrate.devices.payload import MAX_PAYLOADS, DevicePayload
+from vmmigrate.devices import opaque, registry
+from vmmigrate.devices.payload import MAX_PAYLOAD_BYTES, MAX_PAYLOADS, DevicePayload
 from vmmigrate.errors import PayloadError
 
 Key = tuple[str, str]  # instance name, kind
@@ -20,7 +20,7 @@ Key = tuple[str, str]  # instance name, kind
 
 @dataclass(frozen=True, slots=True)
 class ExpectedDevice:
-    """A device of this machine: the kinds it must get, and those it can take when they come.
+    """A device of this machine: the kinds it must get, and those it can take when they come (typed or opaque).
 
     `check` tells what is wrong with the decoded states of this device (by kind), beyond their shapes.
     """
@@ -62,13 +62,29 @@ def check_import(devices: Sequence[ExpectedDevice], payloads: Sequence[DevicePay
                 problems.append(_stranger(payload, devices))
             continue
         try:
-            states[key] = registry.decode(payload)
+            states[key] = _state(payload)
         except PayloadError as exc:
+            if payload.optional and exc.code == "payload_version":
+                skipped.append(key)
+                continue
             problems.append(_problem(exc.code, payload.instance_name, payload.kind, exc.text))
     problems += _missing(devices, payloads) + _checked(devices, states)
     if problems:
         raise _all_at_once(problems)
     return ImportPlan(states, tuple(skipped))
+
+
+def _state(payload: DevicePayload) -> Any:
+    """The decoded state; of an opaque payload its bytes, which only its hypervisor reads.
+
+    Raises: PayloadError: what `registry.decode` raises.
+    """
+    if opaque.owner_of(payload.kind) is None:
+        return registry.decode(payload)
+    if len(payload.body) > MAX_PAYLOAD_BYTES:
+        text = f"device {payload.instance_name}, payload {payload.kind}: {len(payload.body)} bytes"
+        raise PayloadError(f"{text}, allowed are {MAX_PAYLOAD_BYTES}", code="payload_too_large")
+    return payload.body
 
 
 def _duplicates(payloads: Sequence[DevicePayload]) -> list[dict[str, str]]:
@@ -82,7 +98,7 @@ def _duplicates(payloads: Sequence[DevicePayload]) -> list[dict[str, str]]:
 
 def _stranger(payload: DevicePayload, devices: Sequence[ExpectedDevice]) -> dict[str, str]:
     device, kind = payload.instance_name, payload.kind
-    if kind not in registry.KINDS:
+    if kind not in registry.KINDS and opaque.owner_of(kind) is None:
         return _problem("payload_kind", device, kind, f"device {device}: unknown kind {kind}, and it is not optional")
     if all(device != expected.instance_name for expected in devices):
         return _problem("payload_unconsumed", device, kind, f"device {device}: this machine has no such device")

@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import trio
 
-from vmmigrate.engine import preamble
+from vmmigrate.devices import opaque
+from vmmigrate.engine import explain, preamble
+from vmmigrate.engine.abilities import needs_of
 from vmmigrate.engine.metrics import MigrationRecord
 from vmmigrate.engine.outgoing import SourceMigration
-from vmmigrate.errors import NegotiationError, RemoteProtocolError
+from vmmigrate.errors import HypervisorError, NegotiationError, RemoteProtocolError
 from vmmigrate.hypervisor.base import PayloadDescription
 from vmmigrate.net.channel import Channel, refusal_of
 from vmmigrate.net.secrets import RANDOM_BYTES, SessionContext, SessionSecrets
 from vmmigrate.spec import chain
 from vmmigrate.wire import messages as m
-from vmmigrate.wire.negotiate import Abilities, Choice, choose
+from vmmigrate.wire.negotiate import Choice, Mismatch, Need, choose
 from vmmigrate.wire.phases import Kind
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What was negotiated, and the secrets of the session."""
+    """What was negotiated, and the secrets of the session. `skipped`: optional payloads that are not sent."""
 
     select: m.Select
     secrets: SessionSecrets
     payloads: tuple[PayloadDescription, ...]
+    skipped: frozenset[tuple[str, str]] = frozenset()
 
 
 async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration) -> Agreed:
     """Choose from the offer, or refuse with every reason at once; nothing is touched."""
-    payloads = await migration.live.list_payloads()
-    needed = {item.kind: (item.instance_name, item.versions) for item in payloads if not item.optional}
+    record, abilities = migration.record, migration.abilities
+    explain.note_offer(record, offer)
+    payloads, failures = await _list_payloads(migration)
+    needs = needs_of(payloads, abilities)
+    explain.note_needs(record, abilities, needs)
     try:
         _check_url(offer.api_url)
-        choice, (spec_version, _) = _choose_all(offer, migration, Abilities(payloads=needed))
-    except NegotiationError as error:
+        needs, found, unfit = _match_facts(needs, migration.live.facts, offer.facts)
+        choice, (spec_version, _) = _choose_all(offer, migration, needs, found, failures)
+    except (NegotiationError, HypervisorError) as error:
+        explain.note_refusal(record, error)
         await channel.send(refusal_of(error))
         raise
+    explain.note_skipped(record, choice.skipped, "the destination does not read it")
+    explain.note_skipped(record, unfit, "its hypervisor's facts differ")
     random = secrets.token_bytes(RANDOM_BYTES)
     select = m.Select(
         protocol=choice.protocol,
@@ -56,7 +67,8 @@ async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration
         random=random,
     )
     migration.destination_url = offer.api_url
-    note_negotiated(migration.record, select)
+    note_negotiated(record, select)
+    explain.note_passed_over(record, offer, select, abilities, needs, migration.spec)
     await channel.send(select)
     context = SessionContext(
         choice.protocol,
@@ -66,7 +78,8 @@ async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration
         migration.destination.name,
         migration.session_number,
     )
-    return Agreed(select, SessionSecrets(context, offer.random, random), payloads)
+    skipped = frozenset((*choice.skipped, *unfit))
+    return Agreed(select, SessionSecrets(context, offer.random, random), payloads, skipped)
 
 
 def _check_url(url: str) -> None:
@@ -85,21 +98,54 @@ def _check_url(url: str) -> None:
         )
 
 
+async def _list_payloads(
+    migration: SourceMigration,
+) -> tuple[tuple[PayloadDescription, ...], list[NegotiationError | HypervisorError]]:
+    """What the guest will export; that it has devices which cannot move is one reason among others."""
+    try:
+        return await migration.live.list_payloads(), []
+    except HypervisorError as error:
+        if error.code != "not_migratable":
+            raise
+        return (), [error]
+
+
+def _match_facts(
+    needs: list[Need], guest: opaque.Facts, host: opaque.Facts
+) -> tuple[list[Need], list[Mismatch], list[tuple[str, str]]]:
+    """Whether the destination's hypervisor can load what only it reads: the needs that remain, every fact that stands
+    in the way of a mandatory one, and the optional ones that stay behind."""
+    owned = [need for need in needs if opaque.owner_of(need.kind) is not None]
+    differences = opaque.host_differences(guest, host) if owned else []
+    if not differences:
+        return needs, [], []
+    unfit = [(need.device, need.kind) for need in owned if need.optional]
+    found = [Mismatch(f"fact {x.fact}", (x.source,), (x.destination,)) for x in differences]
+    remain = [need for need in needs if (need.device, need.kind) not in unfit]
+    return remain, found if len(unfit) < len(owned) else [], unfit
+
+
 def _choose_all(
-    offer: m.Offer, migration: SourceMigration, abilities: Abilities
+    offer: m.Offer,
+    migration: SourceMigration,
+    needs: Sequence[Need],
+    found: Sequence[Mismatch],
+    failures: list[NegotiationError | HypervisorError],
 ) -> tuple[Choice, tuple[str, chain.AnySpec]]:
-    """Everything that is negotiated; one refusal names all that have nothing in common."""
-    failures: list[NegotiationError] = []
+    """Everything that is negotiated; one refusal names all that stands in the way.
+
+    Raises: NegotiationError, HypervisorError `not_migratable`.
+    """
     choice, version = None, None
     try:
-        choice = choose(offer, abilities, migration.options.streams)
+        choice = choose(offer, migration.abilities, migration.options.streams, needs, found)
     except NegotiationError as error:
         failures.append(error)
     try:
-        version = chain.negotiate(migration.spec, offer.spec_versions)
+        version = _choose_spec_version(offer, migration)
     except NegotiationError as error:
         failures.append(error)
-    if choice is None or version is None:
+    if choice is None or version is None or failures:
         if len(failures) == 1:
             raise failures[0]
         raise NegotiationError(
@@ -110,7 +156,22 @@ def _choose_all(
     return choice, version
 
 
+def _choose_spec_version(offer: m.Offer, migration: SourceMigration) -> tuple[str, chain.AnySpec]:
+    """The newest that the destination reads, this host may write, and that says all of the spec."""
+    ours, theirs = migration.abilities.spec_versions, offer.spec_versions
+    try:
+        return chain.negotiate(migration.spec, set(ours) & set(theirs))
+    except NegotiationError as error:
+        reasons = {name: explain.why_not(migration.spec, name, ours, theirs) for name in reversed(chain.CHAIN.names)}
+        raise NegotiationError(
+            f"no common spec version: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}",
+            code=error.code,
+            details={"reasons": reasons, "accepted": sorted(theirs)},
+        ) from None
+
+
 def note_negotiated(record: MigrationRecord, select: m.Select) -> None:
+    explain.note_choice(record, select)
     record.negotiated.update(
         protocol=select.protocol,
         spec_version=select.spec_version,
@@ -147,11 +208,14 @@ async def synchronise(channel: Channel, agreed: Agreed, migration: SourceMigrati
                 m.DeviceEntry(item.instance_name, item.kind, chosen.get(item.kind, max(item.versions)), item.optional)
                 for item in agreed.payloads
             ],
+            facts=guest.facts,
         )
     )
     answer = await channel.expect(m.PreambleOk, m.Refuse, deadline_s=migration.deadlines.build_s)
     if isinstance(answer, m.Refuse):
-        raise NegotiationError(answer.text, code=answer.code, details=answer.details)
+        refusal = NegotiationError(answer.text, code=answer.code, details=answer.details)
+        explain.note_refusal(migration.record, refusal)
+        raise refusal
     if answer.select_digest != channel.session.digests[Kind.SELECT]:
         raise RemoteProtocolError("the destination saw another selection than was sent", code="downgrade")
     if dict(answer.blob_digests) != preamble.digest_blobs(migration.blobs):

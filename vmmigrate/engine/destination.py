@@ -11,21 +11,20 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import structlog
 import trio
 
-from vmmigrate.engine import preamble
+from vmmigrate.devices import opaque
+from vmmigrate.engine import explain, preamble
 from vmmigrate.engine.agreement import note_negotiated
 from vmmigrate.engine.importing import collect_state, import_state
-from vmmigrate.engine.journal import AsyncJournal
-from vmmigrate.engine.limits import Deadlines
-from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
+from vmmigrate.engine.incoming import Agreed, Arrival, DestinationMigration
+from vmmigrate.engine.metrics import Outcome, outcome_of
 from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE
 from vmmigrate.engine.ram import hash_ram_in_thread
 from vmmigrate.engine.resume import ask_to_resume, check_resumed, tell_applied
@@ -40,25 +39,20 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.hypervisor.base import Guest, RunState
-from vmmigrate.memory import PAGE_SIZE, RamLayout
+from vmmigrate.memory import PAGE_SIZE
 from vmmigrate.net.bulk import BulkDestination, Landing
 from vmmigrate.net.channel import Channel, refusal_of
 from vmmigrate.net.door import open_streams
-from vmmigrate.net.identity import Identity
 from vmmigrate.net.secrets import RANDOM_BYTES, SessionContext, SessionSecrets
 from vmmigrate.net.threads import open_group
-from vmmigrate.net.tls import TlsContext
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import Epoch
 from vmmigrate.ownership.rules import OwnershipRefusal
 from vmmigrate.ownership.state import Incoming
 from vmmigrate.ram.digest import PageHash, condense
 from vmmigrate.spec import chain
-from vmmigrate.spec.amend import Allowances, Replacement, amend
-from vmmigrate.spec.keys import SpecKey
-from vmmigrate.spec.latest import InstanceSpec
+from vmmigrate.spec.amend import amend
 from vmmigrate.wire import messages as m
-from vmmigrate.wire.negotiate import DIGESTS, ENCODINGS, MAX_STREAMS, PROTOCOL_VERSIONS, TRANSPORTS
 from vmmigrate.wire.phases import Kind, Phase
 
 log = structlog.get_logger(__name__)
@@ -67,69 +61,6 @@ T = TypeVar("T")
 
 RECONNECT_FIRST_S = 0.1
 RECONNECT_MOST_S = 2.0
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """What the preamble says arrives, amended and upgraded; what a host needs to build the guest."""
-
-    spec: InstanceSpec
-    properties: Mapping[str, str]
-    blobs: Mapping[str, bytes]
-    layout: RamLayout
-    run_state: RunState
-    epoch: Epoch
-    needed_bytes: int
-
-
-BuildGuest = Callable[[Arrival], Awaitable[Guest]]
-Reconnect = Callable[[], AbstractAsyncContextManager[Channel]]
-
-
-@dataclass
-class DestinationMigration:
-    """Everything that one incoming migration needs.
-
-    Attributes:
-        build_guest: Checks the arrival against this host and builds the guest, stopped; injected by the daemon.
-        replacements: This host's backends, by the component they replace.
-        payloads: Payload kinds and versions that this host can import.
-        reconnect: A new control channel to the source; injected by the daemon.
-        arrival: Known once the preamble was accepted.
-        cancelled: Set when somebody calls the migration off while there is no channel to fail.
-    """
-
-    migration_id: str
-    instance_id: str
-    own: Identity
-    source: Identity
-    source_host: str
-    ticket: str
-    context: TlsContext
-    journal: AsyncJournal
-    record: MigrationRecord
-    build_guest: BuildGuest
-    payloads: Mapping[str, tuple[int, ...]]
-    facts: Mapping[str, str]
-    api_url: str
-    replacements: Mapping[SpecKey, Replacement] = field(default_factory=dict)
-    allowances: Allowances = field(default_factory=Allowances)
-    features: frozenset[str] = frozenset()
-    spec_versions: tuple[str, ...] = chain.CHAIN.names
-    max_ram_bytes: int = 1 << 46
-    deadlines: Deadlines = field(default_factory=Deadlines)
-    reconnect: Reconnect | None = None
-    arrival: Arrival | None = None
-    guest: Guest | None = None
-    cancelled: VmMigrateError | None = None
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What the source selected, and the secrets of the session."""
-
-    select: m.Select
-    secrets: SessionSecrets
 
 
 async def migrate_in(channel: Channel, migration: DestinationMigration) -> None:
@@ -273,24 +204,12 @@ async def _reconnect(way: _Way, agreed: Agreed, arriving: _Arriving, migration: 
 async def _offer(channel: Channel, migration: DestinationMigration) -> Agreed:
     """Say what we can do, prove by the ticket that we were asked, and hear what the source chose."""
     random = secrets.token_bytes(RANDOM_BYTES)
-    await channel.send(
-        m.Offer(
-            protocols=PROTOCOL_VERSIONS,
-            migration_id=migration.migration_id,
-            instance_id=migration.instance_id,
-            ticket=migration.ticket,
-            spec_versions=migration.spec_versions,
-            payloads=migration.payloads,
-            ram={"transports": TRANSPORTS, "encodings": ENCODINGS, "digests": DIGESTS},
-            max_streams=MAX_STREAMS,
-            facts=migration.facts,
-            api_url=migration.api_url,
-            random=random,
-        )
-    )
+    offer = _compose_offer(migration, random)
+    explain.note_offer(migration.record, offer)
+    await channel.send(offer)
     answer = await channel.expect(m.Select, m.Refuse, deadline_s=migration.deadlines.answer_s)
     if isinstance(answer, m.Refuse):
-        raise NegotiationError(answer.text, code=answer.code, details=answer.details)
+        raise _refused(answer, migration)
     _check_selection(answer, channel, migration)
     context = SessionContext(
         answer.protocol,
@@ -303,16 +222,41 @@ async def _offer(channel: Channel, migration: DestinationMigration) -> Agreed:
     return Agreed(answer, SessionSecrets(context, random, answer.random))
 
 
+def _compose_offer(migration: DestinationMigration, random: bytes) -> m.Offer:
+    able = migration.abilities
+    return m.Offer(
+        protocols=able.protocols,
+        migration_id=migration.migration_id,
+        instance_id=migration.instance_id,
+        ticket=migration.ticket,
+        spec_versions=able.spec_versions,
+        payloads=able.payloads,
+        ram={"transports": able.transports, "encodings": able.encodings, "digests": able.digests},
+        max_streams=able.max_streams,
+        facts=able.facts,
+        api_url=migration.api_url,
+        random=random,
+    )
+
+
+def _refused(answer: m.Refuse, migration: DestinationMigration) -> NegotiationError:
+    """The source's own refusal, with its code and all its reasons."""
+    refusal = NegotiationError(answer.text, code=answer.code, details=answer.details)
+    explain.note_refusal(migration.record, refusal)
+    return refusal
+
+
 def _check_selection(select: m.Select, channel: Channel, migration: DestinationMigration) -> None:
     """The source must have chosen from what was offered, and must have seen the offer that was sent."""
+    able = migration.abilities
     wrong = {
-        "protocol": select.protocol not in PROTOCOL_VERSIONS,
-        "spec version": select.spec_version not in migration.spec_versions,
-        "transport": select.transport not in TRANSPORTS,
-        "encodings": not set(select.encodings) <= set(ENCODINGS),
-        "digest": select.digest not in DIGESTS,
-        "streams": select.streams > MAX_STREAMS,
-        "payloads": any(v not in migration.payloads.get(kind, ()) for kind, v in select.payloads.items()),
+        "protocol": select.protocol not in able.protocols,
+        "spec version": select.spec_version not in able.spec_versions,
+        "transport": select.transport not in able.transports,
+        "encodings": not set(select.encodings) <= set(able.encodings),
+        "digest": select.digest not in able.digests,
+        "streams": select.streams > able.max_streams,
+        "payloads": any(v not in able.payloads.get(kind, ()) for kind, v in select.payloads.items()),
     }
     chosen_wrongly = [topic for topic, is_wrong in wrong.items() if is_wrong]
     if chosen_wrongly:
@@ -326,11 +270,13 @@ async def _accept_preamble(channel: Channel, agreed: Agreed, migration: Destinat
     """Amend and check the spec, build the guest, stopped; or refuse with every blocker at once."""
     answer = await channel.expect(m.Preamble, m.Refuse, deadline_s=migration.deadlines.answer_s)
     if isinstance(answer, m.Refuse):
-        raise NegotiationError(answer.text, code=answer.code, details=answer.details)
+        raise _refused(answer, migration)
     try:
         arrival = _read_arrival(answer, agreed, migration)
         migration.guest = await migration.build_guest(arrival)
+        _check_facts(answer, migration.guest, migration)
     except (SpecError, HypervisorError, OwnershipRefusal, NegotiationError) as error:
+        explain.note_refusal(migration.record, error)
         await channel.send(refusal_of(error))
         raise
     migration.arrival = arrival
@@ -347,9 +293,9 @@ async def _accept_preamble(channel: Channel, agreed: Agreed, migration: Destinat
 def _read_arrival(received: m.Preamble, agreed: Agreed, migration: DestinationMigration) -> Arrival:
     if received.spec_version != agreed.select.spec_version:
         raise RemoteProtocolError(f"a preamble in {received.spec_version}, selected was {agreed.select.spec_version}")
-    spec = preamble.read_spec(received, migration.spec_versions)
+    spec = preamble.read_spec(received, migration.abilities.spec_versions)
     amended = amend(spec, migration.replacements, migration.allowances, migration.features)
-    _check_devices(received.devices, migration)
+    _check_devices(received.devices, agreed.select, migration)
     return Arrival(
         spec=chain.up(amended),
         properties=dict(received.properties),
@@ -361,19 +307,43 @@ def _read_arrival(received: m.Preamble, agreed: Agreed, migration: DestinationMi
     )
 
 
-def _check_devices(devices: Sequence[m.DeviceEntry], migration: DestinationMigration) -> None:
-    """Every announced payload that is not optional must be one that we read: known before RAM moves."""
-    unreadable = [
-        f"{entry.instance_name}: {entry.payload_kind} version {entry.version}"
-        for entry in devices
-        if not entry.optional and entry.version not in migration.payloads.get(entry.payload_kind, ())
-    ]
+def _check_devices(devices: Sequence[m.DeviceEntry], select: m.Select, migration: DestinationMigration) -> None:
+    """Every announced payload that is not optional must be one that was agreed upon: known before RAM moves."""
+    unread = [e for e in devices if e.version not in migration.abilities.payloads.get(e.payload_kind, ())]
+    unreadable = [f"{e.instance_name}: {e.payload_kind} version {e.version}" for e in unread if not e.optional]
     if unreadable:
         raise NegotiationError(
             "this host cannot import " + "; ".join(unreadable),
             code="payload_version",
             details={"unreadable": unreadable},
         )
+    for entry in devices:
+        if not entry.optional and entry.version != select.payloads.get(entry.payload_kind):
+            raise RemoteProtocolError(
+                f"device {entry.instance_name}: announced is {entry.payload_kind} version {entry.version}, selected was"
+                f" {select.payloads.get(entry.payload_kind)}"
+            )
+    migration.skipped = frozenset((e.instance_name, e.payload_kind) for e in unread)
+    explain.note_skipped(migration.record, migration.skipped, "the destination does not read it")
+
+
+def _check_facts(received: m.Preamble, guest: Guest, migration: DestinationMigration) -> None:
+    """What only its hypervisor reads fits the guest as it was built; optional payloads that do not fit are skipped.
+
+    Raises: NegotiationError `opaque_facts`, with every fact that differs.
+    """
+    owned = [entry for entry in received.devices if opaque.owner_of(entry.payload_kind) is not None]
+    differences = opaque.guest_differences(received.facts, guest.facts) if owned else []
+    if differences and any(not entry.optional for entry in owned):
+        raise NegotiationError(
+            f"the guest as built here is another one: {opaque.listed(differences)}",
+            code="opaque_facts",
+            details={"mismatches": [asdict(difference) for difference in differences]},
+        )
+    if differences:
+        unfit = frozenset((entry.instance_name, entry.payload_kind) for entry in owned)
+        migration.skipped |= unfit
+        explain.note_skipped(migration.record, unfit, "its hypervisor's facts differ")
 
 
 # --------------------------------------------------------------------------- RAM
@@ -480,7 +450,8 @@ async def _receive_state(
     if agreed.select.verify == "full":
         ram_digest = await hash_ram_in_thread(migration.guest.ram)
         migration.record.digest["destination"] = ram_digest.hex()
-    await import_state(migration.guest, received)
+    skipped = await import_state(migration.guest, received, migration.skipped)
+    explain.note_skipped(migration.record, skipped, "no device here takes it")
     await _prepare(channel, migration, page_digest, ram_digest)
 
 

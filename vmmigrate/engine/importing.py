@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vmmigrate.devices.payload import MAX_PAYLOAD_BYTES, MAX_PAYLOADS, DevicePayload
@@ -46,10 +47,20 @@ async def collect_state(channel: Channel, deadline_s: float) -> tuple[ReceivedSt
             received.histories.append(history)
 
 
-async def import_state(guest: Guest, received: ReceivedState) -> None:
-    """Time first: timers are normalised against it. Devices: all are validated before one is applied."""
+async def import_state(
+    guest: Guest, received: ReceivedState, left_out: frozenset[tuple[str, str]]
+) -> Sequence[tuple[str, str]]:
+    """Time first: timers are normalised against it. Devices: all are validated before one is applied.
+
+    Args:
+        left_out: Optional payloads, as (device, kind), of which it was agreed that they are not imported.
+
+    Returns: Optional payloads that no device here took, as (device, kind).
+    """
     await guest.import_time(received.time)
-    await guest.import_devices(received.payloads)
+    wanted = [p for p in received.payloads if (p.instance_name, p.kind) not in left_out]
+    skipped = await guest.import_devices(wanted)
     for history in received.histories:
         await guest.import_console_history(history)
     guest.ram.make_read_only()
+    return skipped

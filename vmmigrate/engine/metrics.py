@@ -70,11 +70,16 @@ class RamCounters:
         }
 
 
+def _before_the_offer() -> dict[str, Any]:
+    return {"offered": None, "needed": None, "chosen": None, "passed_over": [], "skipped": [], "refused": None}
+
+
 @dataclass
 class MigrationRecord:
     """What is known of one migration on one host.
 
     Attributes:
+        negotiation: What was offered, chosen, passed over, skipped and refused, and why; see `explain`.
         progress: Counters of the round that runs: `round`, `bytes`, `rate_bytes_per_s`, `dirty_pages`, `pages_left`.
         outcome: None while it lasts.
         error: Code, message and details when it did not end as `moved`.
@@ -85,6 +90,7 @@ class MigrationRecord:
     role: Role
     peers: dict[str, str]
     negotiated: dict[str, Any] = field(default_factory=dict)
+    negotiation: dict[str, Any] = field(default_factory=_before_the_offer)
     ram: RamCounters = field(default_factory=RamCounters)
     laps: Laps = field(default_factory=Laps)
     digest: dict[str, str] = field(default_factory=dict)
@@ -134,6 +140,7 @@ class MigrationRecord:
             "error": self.error,
             "peers": dict(self.peers),
             "negotiated": dict(self.negotiated),
+            "negotiation": dict(self.negotiation),
             "ram": self.ram.as_dict(),
             "progress": dict(self.progress),
             "created_at_s": self.created_at_s,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import structlog
 import trio
 
+from vmmigrate.engine.abilities import of_this_release
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.engine.limits import Deadlines, MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
@@ -33,6 +34,7 @@ from vmmigrate.ownership.rules import Answer, OwnershipRefusal
 from vmmigrate.ownership.state import Outgoing
 from vmmigrate.spec.latest import InstanceSpec
 from vmmigrate.wire import messages as m
+from vmmigrate.wire.negotiate import Abilities
 from vmmigrate.wire.phases import Phase
 
 log = structlog.get_logger(__name__)
@@ -105,6 +107,7 @@ class SourceMigration:
     """Everything that one outgoing migration needs.
 
     Attributes:
+        abilities: What this host may do; everything, unless its configuration says less.
         guest: None when its process is gone and only the verdict of the destination is still to be learnt.
         ask_destination: Asks the destination's daemon for its verdict; injected by the daemon, which has the client.
         offered: Every page that was taken from the dirty marks in this attempt; put back when it fails.
@@ -125,6 +128,7 @@ class SourceMigration:
     bulk_port: int
     record: MigrationRecord
     ask_destination: AskDestination
+    abilities: Abilities = field(default_factory=of_this_release)
     options: MigrationOptions = field(default_factory=MigrationOptions)
     deadlines: Deadlines = field(default_factory=Deadlines)
     session_number: int = 1

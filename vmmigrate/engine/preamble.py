@@ -28,6 +28,7 @@ def compose(
     layout: RamLayout,
     populated: PageBitmap,
     devices: Sequence[DeviceEntry],
+    facts: Mapping[str, str],
 ) -> Preamble:
     """The preamble of a guest; *spec* is already in *spec_version*."""
     return Preamble(
@@ -40,6 +41,7 @@ def compose(
         regions=tuple((region.gpa, region.size_bytes) for region in layout.regions),
         populated=_extents(layout, populated),
         devices=tuple(devices),
+        facts=dict(facts),
     )
 
 

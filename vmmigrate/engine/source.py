@@ -361,7 +361,11 @@ async def _send_state(channel: Channel, bulk: BulkSource, agreed: Agreed, migrat
     if missing:
         device, kind = min(missing)
         raise PayloadError(f"device {device} exported no payload of kind {kind}", code="payload_missing")
-    items = tuple(m.PayloadItem(p.instance_name, p.kind, p.version, p.optional, p.body) for p in payloads)
+    items = tuple(
+        m.PayloadItem(p.instance_name, p.kind, p.version, p.optional, p.body)
+        for p in payloads
+        if (p.instance_name, p.kind) not in agreed.skipped
+    )
     for chunk in _chunks(items):
         await channel.send(m.DeviceState(chunk))
     for port in guest.plan.serial_ports:

@@ -45,7 +45,12 @@ class Capability:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an adapter can do on this host, probed once at start by really doing it."""
+    """What an adapter can do on this host, probed once at start by really doing it.
+
+    Attributes:
+        facts: What `devices.opaque` calls the facts of a host.
+        opaque_kinds: The payloads that only this hypervisor reads, and the versions that it reads and writes.
+    """
 
     hypervisor: str
     version: str
@@ -53,6 +58,8 @@ class Capabilities:
     dirty_tracking_reason: str
     huge_pages: Capability = Capability(False, "not probed")
     throttle: Capability = Capability(False, "not implemented by this adapter")
+    facts: Mapping[str, str] = field(default_factory=dict)
+    opaque_kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +171,7 @@ class ConsoleHistory:
 
 @dataclass(frozen=True, slots=True)
 class PayloadDescription:
-    """One payload that a guest will export, known before RAM moves: the versions it can be written in."""
+    """One payload that a guest will export, known before RAM moves: the versions that can say its present state."""
 
     instance_name: str
     kind: str
@@ -204,6 +211,10 @@ class Guest(Protocol):
     plan: GuestPlan
     process: GuestProcess
     ram: GuestRam
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What `devices.opaque` calls the facts of a guest."""
 
     async def status(self) -> GuestStatus: ...
 
@@ -254,13 +265,16 @@ class Guest(Protocol):
         """
 
     async def list_payloads(self) -> tuple[PayloadDescription, ...]:
-        """What `export_devices` will give.
+        """What `export_devices` will give. An older version is listed only if it says the state exactly as it is now.
 
         Raises: HypervisorError `not_migratable`: naming every device that cannot migrate, at once.
         """
 
     async def export_devices(self, versions: Mapping[str, int]) -> tuple[DevicePayload, ...]:
-        """The state of all devices, each kind in the version named in *versions* (its newest when not named)."""
+        """The state of all devices, each kind in the version named in *versions* (its newest when not named).
+
+        Raises: PayloadError `payload_lossy`: state has changed since it was listed; the older version cannot say it.
+        """
 
     async def import_devices(self, payloads: Sequence[DevicePayload]) -> Sequence[tuple[str, str]]:
         """Validate all, then apply all. On PayloadError nothing was applied.

@@ -27,7 +27,8 @@ import trio
 from vmmigrate.errors import RemoteProtocolError, TransportError
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs, split_runs
 from vmmigrate.net.threads import open_group, run_joined
-from vmmigrate.net.tls import map_tls_errors
+from vmmigrate.net.tls import watch_peer
+from vmmigrate.net.tls_errors import map_tls_errors
 from vmmigrate.ram.digest import Digests, PageHash
 from vmmigrate.ram.encoding import nonzero
 from vmmigrate.ram.offer import cut_at, groups, runs_of_pages, runs_per_stream
@@ -69,13 +70,15 @@ class Link(Protocol):
 
 
 class TlsLink:
-    """A Link over a blocking TLS socket."""
+    """A Link over a blocking TLS socket; it is shut down when its peer is revoked."""
 
     def __init__(self, sock: ssl.SSLSocket, peer: str, stall_limit_s: float = STALL_LIMIT_S) -> None:
+        """Raises: IdentityError `certificate_revoked`: the peer was, since the handshake."""
         sock.settimeout(stall_limit_s)
         self._sock = sock
         self._stall_limit_s = stall_limit_s
         self._doing = f"bulk stream with {peer}"
+        self._leave = watch_peer(sock, lambda _: self.shutdown())
 
     def send(self, chunk: memoryview | bytes) -> None:
         with map_tls_errors(self._doing):
@@ -106,6 +109,7 @@ class TlsLink:
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
+        self._leave()
         self._sock.close()
 
 

@@ -23,7 +23,8 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.net.threads import open_group
-from vmmigrate.net.tls import TlsStream, map_tls_errors
+from vmmigrate.net.tls import TlsStream, watch_peer
+from vmmigrate.net.tls_errors import map_tls_errors
 from vmmigrate.wire.codec import encode
 from vmmigrate.wire.framing import encode_frame
 from vmmigrate.wire.messages import (
@@ -35,8 +36,9 @@ from vmmigrate.wire.messages import (
     Message,
     Progress,
     Refuse,
+    Refused,
 )
-from vmmigrate.wire.phases import Phase, Role
+from vmmigrate.wire.phases import NO_CANCEL, Phase, Role
 from vmmigrate.wire.session import Session
 
 A = TypeVar("A")
@@ -204,7 +206,7 @@ class Channel:
 
     async def say_goodbye(self, error: VmMigrateError) -> None:
         """Tell the peer why we give up, if it can still be told and does not know. Never raises; bounded."""
-        word = _last_word(error, self.phase)
+        word = _last_word(error, self.phase, self.role)
         with trio.move_on_after(GOODBYE_DEADLINE_S, shield=True), contextlib.suppress(VmMigrateError):
             owes, self._owes_reason = self._owes_reason, False
             if not self.session.is_over:
@@ -279,6 +281,9 @@ class Channel:
             self.fail(PeerError(message.text, code=message.code, details=message.details))
         elif isinstance(message, Cancel):
             self.fail(MigrationCancelled(message.reason))
+        elif isinstance(message, Refused) and self.session.failed_in is Phase.READY:
+            # Nobody waits for it: the guest was not given away yet, and now will not be.
+            self.fail(PeerError(message.text, code=message.code))
         else:
             self._queued_bytes += _bulk_of(message)
             if len(self._queue) >= _MAX_QUEUED or self._queued_bytes > _MAX_QUEUED_BYTES:
@@ -306,10 +311,10 @@ def _bulk_of(message: Message) -> int:
     return 0
 
 
-def _last_word(error: VmMigrateError, phase: Phase) -> Message:
+def _last_word(error: VmMigrateError, phase: Phase, role: Role) -> Message:
     """What tells *error*, such that it fits the wire: a goodbye must not fail for its text or its details."""
     text = error.text.encode(errors="backslashreplace").decode()
-    if isinstance(error, MigrationCancelled) and phase is not Phase.IN_DOUBT:
+    if isinstance(error, MigrationCancelled) and (phase, role) not in NO_CANCEL:
         return Cancel(text[:_MAX_REASON_CHARS])
     word = Failed(error.code, text[:_MAX_TEXT_CHARS], error.details)
     try:
@@ -332,13 +337,18 @@ def refusal_of(error: VmMigrateError) -> Refuse:
 
 @contextlib.asynccontextmanager
 async def open_channel(stream: TlsStream, role: Role) -> AsyncIterator[Channel]:
-    """A channel over *stream* with its reader, heartbeat and watch. The stream is the caller's to close."""
+    """A channel over *stream* with its reader, heartbeat and watch. The stream is the caller's to close.
+
+    Raises: IdentityError `certificate_revoked`: the peer was, since the handshake; later the channel fails with it.
+    """
     channel = Channel(stream, Session(role))
     async with open_group() as nursery:
+        leave = watch_peer(stream, channel.fail)
         nursery.start_soon(channel.read_forever)
         nursery.start_soon(channel.beat_forever)
         nursery.start_soon(channel.watch_forever)
         try:
             yield channel
         finally:
+            leave()
             nursery.cancel_scope.cancel()

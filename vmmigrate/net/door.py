@@ -35,9 +35,9 @@ from vmmigrate.net.tls import (
     TlsContext,
     address_text,
     connect_blocking,
-    map_tls_errors,
     wrap_blocking_server,
 )
+from vmmigrate.net.tls_errors import map_tls_errors
 
 log = structlog.get_logger(__name__)
 

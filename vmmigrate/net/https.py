@@ -8,8 +8,8 @@ and whose peer is known. A stranger's first byte never reaches an HTTP parser.
 The application finds the peer in `scope["extensions"]["tls"]`; `identity_of_scope` reads it.
 
 What is relied upon in hypercorn 0.18 (the dependency is pinned to it): the constructor of `TCPServer`, `run`,
-`protocol_send`, and `WorkerContext`. Its `protocol_send` shields a send from every cancellation, so a client
-that stops reading would hold up a shutdown for ever; ours gives up after a deadline.
+`_read_data`, `protocol_send`, and `WorkerContext`. Its `protocol_send` shields a send from every cancellation, so a
+client that stops reading would hold up a shutdown for ever; ours gives up after a deadline.
 
 Source: reference/dependencies.md 2; hypercorn's trio/run.py and trio/tcp_server.py.
 """
@@ -28,12 +28,13 @@ from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.logging import Logger
+from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework, ConnectionState
 
 from vmmigrate.errors import IdentityError, VmMigrateError
-from vmmigrate.net.identity import Identity
+from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.tls import (
     OnRefusal,
     ServeLimits,
@@ -66,8 +67,10 @@ class HttpsLimits:
 
     Attributes:
         max_body_bytes: Of one request; more is answered with 413.
+        max_host_body_bytes: The same for hosts, whose requests have nothing to say in a body.
         body_deadline_s: For one request body to arrive; longer is answered with 408.
         max_connections: Clients at once; also the cap on handshakes at once is this.
+        max_connections_per_peer: Of them, those of one identity.
         handshake_deadline_s: From accept to known identity.
         keep_alive_s: Idle between requests, and for a request's head to arrive.
         send_deadline_s: For one chunk of a response to be taken by the client.
@@ -75,8 +78,10 @@ class HttpsLimits:
     """
 
     max_body_bytes: int = 4 * 1024 * 1024
+    max_host_body_bytes: int = 4096
     body_deadline_s: float = 30.0
     max_connections: int = 128
+    max_connections_per_peer: int = 64
     handshake_deadline_s: float = 5.0
     keep_alive_s: float = 15.0
     send_deadline_s: float = 10.0
@@ -111,7 +116,7 @@ async def serve_https(
     """
     limits = limits or HttpsLimits()
     credentials = files if isinstance(files, ServerCredentials) else ServerCredentials(files)
-    capped = BodyCap(app, limits.max_body_bytes, limits.body_deadline_s)
+    capped = BodyCap(app, limits)
     service = _Service(capped, limits)
     listeners = await open_listeners(host, port)
     accept = partial(
@@ -144,41 +149,48 @@ class BodyCap:
     So a refused request changed nothing. Other scopes than "http" pass.
     """
 
-    def __init__(self, app: AsgiApp, max_body_bytes: int, deadline_s: float) -> None:
+    def __init__(self, app: AsgiApp, limits: HttpsLimits) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
-        self._deadline_s = deadline_s
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        most = self._limits.max_host_body_bytes if _is_host(scope) else self._limits.max_body_bytes
+        deadline_s = self._limits.body_deadline_s
         try:
-            body = await self._receive_body(scope, receive)
+            body = await _receive_body(scope, receive, most, deadline_s)
         except trio.TooSlowError:
-            await _refuse(send, 408, "body_too_slow", f"the body did not arrive within {self._deadline_s:g} s")
+            await _refuse(send, 408, "body_too_slow", f"the body did not arrive within {deadline_s:g} s")
         except _TooLargeError:
             await _discard(receive)
-            await _refuse(send, 413, "body_too_large", f"the body is larger than {self._max_body_bytes} bytes")
+            await _refuse(send, 413, "body_too_large", f"the body is larger than {most} bytes")
         except _GoneError:
             return
         else:
             await self._app(scope, _replay(body, receive), send)
 
-    async def _receive_body(self, scope: Scope, receive: Receive) -> bytes:
-        if _announced_bytes(scope) > self._max_body_bytes:
-            raise _TooLargeError
-        body = bytearray()
-        with trio.fail_after(self._deadline_s):
-            while True:
-                message = await receive()
-                if message["type"] != "http.request":
-                    raise _GoneError
-                body += message.get("body", b"")
-                if len(body) > self._max_body_bytes:
-                    raise _TooLargeError
-                if not message.get("more_body", False):
-                    return bytes(body)
+
+def _is_host(scope: Scope) -> bool:
+    tls = scope.get("extensions", {}).get("tls")
+    return tls is not None and Identity.parse(tls["client_uri"]).role is Role.HOST
+
+
+async def _receive_body(scope: Scope, receive: Receive, max_body_bytes: int, deadline_s: float) -> bytes:
+    if _announced_bytes(scope) > max_body_bytes:
+        raise _TooLargeError
+    body = bytearray()
+    with trio.fail_after(deadline_s):
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise _GoneError
+            body += message.get("body", b"")
+            if len(body) > max_body_bytes:
+                raise _TooLargeError
+            if not message.get("more_body", False):
+                return bytes(body)
 
 
 class _TooLargeError(Exception):
@@ -242,8 +254,21 @@ class _ClientGoneError(OSError):
 class _Connection(TCPServer):
     """hypercorn's end of one established connection."""
 
+    peer: Identity
     send_deadline_s: float
     gone: trio.Event
+
+    async def _read_data(self) -> None:
+        """As hypercorn's, but HTTP/1.1 only: with HTTP/2 each limit on a connection would hold for each of 100 streams.
+
+        The wrapper that is taken off here would change the protocol when a client begins with HTTP/2 or asks for it.
+        """
+        self.protocol = self.protocol.protocol  # type: ignore[assignment]
+        try:
+            await super()._read_data()
+        except (H2ProtocolAssumedError, H2CProtocolRequiredError):
+            log.info("http.refused", peer=str(self.peer), code="http_version", text="HTTP/2: needed is HTTP/1.1")
+            await self.protocol.handle(Closed())
 
     async def protocol_send(self, event: Event) -> None:
         """As hypercorn's, but a client that does not read counts as gone after a while."""
@@ -363,6 +388,7 @@ class _Service:
         connection = _Connection(app, self._config, self._context, state, stream)
         connection.send_deadline_s = self._limits.send_deadline_s
         connection.gone = gone
+        connection.peer = identity
         try:
             await connection.run()
         except Exception:  # One connection's defect is not the others'.
@@ -401,4 +427,5 @@ def _serve_limits(limits: HttpsLimits) -> ServeLimits:
         handshake_deadline_s=limits.handshake_deadline_s,
         max_handshakes=limits.max_connections,
         max_connections=limits.max_connections,
+        max_connections_per_peer=limits.max_connections_per_peer,
     )

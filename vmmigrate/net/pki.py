@@ -132,7 +132,7 @@ def issue(
             code="foreign_trust_domain",
         )
     now = _now()
-    not_after = now + _lifetime(lifetime_days)
+    not_after = now + lifetime(lifetime_days)
     last = authority.certificate.not_valid_after_utc
     if not_after > last:
         raise UsageError(
@@ -183,7 +183,7 @@ def make_authority(trust_domain: str, *, lifetime_days: int = DEFAULT_AUTHORITY_
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - BACKDATE)
-        .not_valid_after(now + _lifetime(lifetime_days))
+        .not_valid_after(now + lifetime(lifetime_days))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
@@ -246,11 +246,11 @@ def check_leaf_files(ca: Path, certificate: Path, key: Path) -> Identity:
         UsageError: `tls_file_missing`, `tls_file_unreadable`, `tls_file_malformed`, `tls_key_mismatch`.
         IdentityError: `certificate_expired`, `certificate_not_yet_valid`, `wrong_ca`, and as `identity_of_certificate`.
     """
-    authorities = _load_certificates(ca, "CA certificate")
-    chain = _load_certificates(certificate, "certificate")
+    authorities = load_certificates(ca, "CA certificate")
+    chain = load_certificates(certificate, "certificate")
     _check_key(key, certificate, chain[0])
     _check_validity(certificate, chain[0])
-    if not any(_has_issued(issuer, chain[0]) for issuer in [*chain[1:], *authorities]):
+    if not any(has_issued(issuer, chain[0]) for issuer in [*chain[1:], *authorities]):
         raise IdentityError(
             f"{certificate}: not issued by the CA in {ca}: needed is a certificate of that CA", code="wrong_ca"
         )
@@ -260,8 +260,9 @@ def check_leaf_files(ca: Path, certificate: Path, key: Path) -> Identity:
         raise IdentityError(f"{certificate}: {exc.text}", code=exc.code) from exc
 
 
-def _load_certificates(path: Path, what: str) -> list[x509.Certificate]:
-    content = _read_tls_file(path, what)
+def load_certificates(path: Path, what: str) -> list[x509.Certificate]:
+    """All certificates of a PEM file. Raises: UsageError: as `read_tls_file`; `tls_file_malformed`."""
+    content = read_tls_file(path, what)
     try:
         return x509.load_pem_x509_certificates(content)
     except ValueError as exc:
@@ -271,7 +272,7 @@ def _load_certificates(path: Path, what: str) -> list[x509.Certificate]:
 
 
 def _check_key(path: Path, certificate_path: Path, certificate: x509.Certificate) -> None:
-    content = _read_tls_file(path, "private key")
+    content = read_tls_file(path, "private key")
     try:
         key = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
@@ -300,7 +301,8 @@ def _check_validity(path: Path, certificate: x509.Certificate) -> None:
         )
 
 
-def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
+def has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:
+    """Whether the key of *issuer* has signed *certificate*."""
     try:
         certificate.verify_directly_issued_by(issuer)
     except (InvalidSignature, ValueError, TypeError):
@@ -308,7 +310,8 @@ def _has_issued(issuer: x509.Certificate, certificate: x509.Certificate) -> bool
     return True
 
 
-def _read_tls_file(path: Path, what: str) -> bytes:
+def read_tls_file(path: Path, what: str) -> bytes:
+    """The content of a file of keys or certificates. Raises: UsageError `tls_file_missing`, `tls_file_unreadable`."""
     try:
         return path.read_bytes()
     except FileNotFoundError as exc:
@@ -376,7 +379,8 @@ def _now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
-def _lifetime(days: int) -> timedelta:
+def lifetime(days: int) -> timedelta:
+    """*days*, which must be a number that can be meant. Raises: UsageError `lifetime`."""
     if not 1 <= days <= MAX_LIFETIME_DAYS:
         raise UsageError(f"a lifetime of {days} days: allowed are 1 to {MAX_LIFETIME_DAYS}", code="lifetime")
     return timedelta(days=days)

@@ -1,4 +1,4 @@
-"""TLS 1.3 with certificates on both sides: contexts, the errors of the seam, and the trio and the blocking side.
+"""TLS 1.3 with certificates on both sides: contexts, and the trio and the blocking side.
 
 Problem: Python's TLS checks names of *machines*, we need the identity of a *party* (`net.identity`). Checked after the
 handshake by each caller, that check is one day forgotten. So the contexts made here carry it: their socket classes
@@ -26,8 +26,9 @@ import itertools
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -38,6 +39,8 @@ import trio
 from vmmigrate.errors import IdentityError, TransportError, UsageError, VmMigrateError
 from vmmigrate.net.identity import Call, Identity, check_allowed, check_expected, identity_of_certificate
 from vmmigrate.net.pki import check_leaf_files
+from vmmigrate.net.revocation import End, LivePeers, RevocationList, read_list
+from vmmigrate.net.tls_errors import handshake_errors, map_tls_errors
 
 log = structlog.get_logger(__name__)
 
@@ -59,11 +62,12 @@ _CLOSE_DEADLINE_S: Final = 1.0
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """Three PEM files: whom we trust, who we are (leaf first, then any intermediates), and our key."""
+    """PEM files: whom we trust, who we are (leaf first, then any intermediates), our key, and whom we trust no more."""
 
     ca: Path
     certificate: Path
     key: Path
+    crl: Path | None = None
 
 
 class TlsContext(ssl.SSLContext):
@@ -72,10 +76,14 @@ class TlsContext(ssl.SSLContext):
     Attributes:
         own: Our own identity.
         expected: The only peer that is let through; None: every one of the trust domain.
+        revocations: Certificates that are not let through; None: the site has no revocation list.
+        peers: Where connections are noted that end when their peer is revoked.
     """
 
     own: Identity
     expected: Identity | None = None
+    revocations: RevocationList | None = None
+    peers: LivePeers | None = None
 
     def check_peer(self, certificate: bytes | None) -> Identity:
         """The identity behind *certificate* (DER). Raises IdentityError as `identity_of_certificate`."""
@@ -108,9 +116,14 @@ def load_identity(files: TlsFiles) -> Identity:
     Raises:
         UsageError: `tls_file_missing`, `tls_file_unreadable`, `tls_file_malformed`, `tls_key_mismatch`.
         IdentityError: `certificate_expired`, `certificate_not_yet_valid`, `wrong_ca` (the CA file did not issue it),
-            and as `identity_of_certificate`.
+            and as `identity_of_certificate` and `revocation.read_list`.
     """
-    return check_leaf_files(files.ca, files.certificate, files.key)
+    return _load(files)[0]
+
+
+def _load(files: TlsFiles) -> tuple[Identity, RevocationList | None]:
+    own = check_leaf_files(files.ca, files.certificate, files.key)
+    return own, None if files.crl is None else read_list(files.crl, files.ca, files.certificate)
 
 
 def server_context(files: TlsFiles) -> TlsContext:
@@ -131,27 +144,63 @@ def client_context(files: TlsFiles, expected: Identity | None = None) -> TlsCont
 
 
 class ServerCredentials:
-    """The server context in force, replaceable without a restart."""
+    """What a daemon shows and whom it trusts, replaceable without a restart.
 
-    def __init__(self, files: TlsFiles) -> None:
-        self._files = files
-        self._context = server_context(files)
+    Attributes:
+        files: Where it is read from.
+        peers: Everybody who is connected by a context of these credentials.
+    """
+
+    def __init__(self, files: TlsFiles, owner: Identity | None = None) -> None:
+        """*owner*: whom the certificate must belong to, also after `reload`. Raises: as `load_identity`."""
+        self.files = files
+        self.peers = LivePeers()
+        self._owner = owner
+        self._context = self._load()
+        self.peers.apply(self._context.revocations)
 
     def current(self) -> TlsContext:
+        """The server context in force."""
         return self._context
 
-    def reload(self) -> None:
-        """Read the files again; new handshakes use them, open connections stay.
+    def client(self, expected: Identity) -> TlsContext:
+        """A context for connecting; the connections, too, end when their peer is revoked. Raises: `load_identity`."""
+        context = client_context(self.files, expected)
+        context.peers = self.peers
+        return context
 
-        Raises as `load_identity`; the old context then stays in force.
+    def reload(self) -> list[IdentityError]:
+        """Read the files again; new handshakes use them. Open connections stay, but for those whose peer is revoked.
+
+        Returns: One error for each connection that was ended.
+        Raises: as `load_identity`, `wrong_host` when it is not the owner's; the old context then stays in force.
         """
-        self._context = server_context(self._files)
+        self._context = self._load()
+        return self.peers.apply(self._context.revocations)
+
+    def _load(self) -> TlsContext:
+        context = server_context(self.files)
+        if self._owner is not None:
+            check_expected(context.own, self._owner)
+        context.peers = self.peers
+        return context
+
+
+def watch_peer(tls: ssl.SSLSocket | TlsStream, end: End) -> Callable[[], None]:
+    """Have *end* called when the peer's certificate is revoked, until the returned function is called.
+
+    Raises: IdentityError `certificate_revoked`: that happened since the handshake.
+    """
+    context, certificate = tls.context, tls.getpeercert(binary_form=True)
+    if not isinstance(context, TlsContext) or context.peers is None or certificate is None:
+        return lambda: None
+    return context.peers.enter(certificate, end)
 
 
 def _context(protocol: ssl._SSLMethod, files: TlsFiles) -> TlsContext:
-    own = load_identity(files)
+    own, revocations = _load(files)
     context = TlsContext(protocol)
-    context.own = own
+    context.own, context.revocations = own, revocations
     context.sslobject_class = _CheckedObject
     context.sslsocket_class = _CheckedSocket
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
@@ -161,6 +210,9 @@ def _context(protocol: ssl._SSLMethod, files: TlsFiles) -> TlsContext:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION
     try:
         context.load_verify_locations(cafile=files.ca)
+        if files.crl is not None:
+            context.load_verify_locations(cafile=files.crl)
+            context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
         # The empty password keeps OpenSSL from asking for one on the terminal.
         context.load_cert_chain(files.certificate, files.key, password="")
     except (OSError, ValueError) as exc:
@@ -178,147 +230,16 @@ def _context_of(tls: ssl.SSLObject | ssl.SSLSocket | TlsStream) -> TlsContext:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The seam: foreign errors become ours, once
-
-_Verdict: TypeAlias = tuple[type[VmMigrateError], str, str]
-
-
-def _party(code: str, text: str) -> _Verdict:
-    return IdentityError, code, text
-
-
-def _link(code: str, text: str) -> _Verdict:
-    return TransportError, code, text
-
-
-_PEER_NOT_OURS: Final = _party("wrong_ca", "our CA did not issue the peer's certificate")
-_REFUSED: Final = _party("certificate_refused", "the peer refuses our certificate")
-_PLAINTEXT: Final = _link("plaintext", "the peer does not speak TLS: needed is TLS 1.3")
-_TLS_VERSION: Final = _link("tls_version", "no common TLS version: allowed is TLS 1.3 only")
-_DISCONNECTED: Final = _link("disconnected", "the peer closed the connection")
-_CLOSED_EARLY: Final = _link(
-    "closed_after_handshake",
-    "the peer closed the connection right after the handshake; it may have refused us, which its log would say",
-)
-
-# OpenSSL's X509_V_ERR_* of the peer's certificate.
-_BY_VERIFY_CODE: Final[dict[int, _Verdict]] = {
-    9: _party("certificate_not_yet_valid", "the peer's certificate is not yet valid"),
-    10: _party("certificate_expired", "the peer's certificate has expired"),
-    23: _party("certificate_revoked", "the peer's certificate was revoked"),
-    **dict.fromkeys((2, 7, 18, 19, 20, 21), _PEER_NOT_OURS),
-}
-
-# OpenSSL's reasons; those with ALERT are what the peer says about us.
-_BY_REASON: Final[dict[str, _Verdict]] = {
-    "PEER_DID_NOT_RETURN_A_CERTIFICATE": _party("no_client_certificate", "the peer showed no certificate"),
-    "TLSV13_ALERT_CERTIFICATE_REQUIRED": _party("no_client_certificate", "the peer demands a certificate of us"),
-    "TLSV1_ALERT_UNKNOWN_CA": _party("wrong_ca", "the peer's CA did not issue our certificate"),
-    "SSLV3_ALERT_CERTIFICATE_EXPIRED": _party("certificate_expired", "the peer refuses our certificate as expired"),
-    "SSLV3_ALERT_CERTIFICATE_REVOKED": _party("certificate_revoked", "the peer refuses our certificate as revoked"),
-    # What OpenSSL says of a certificate that is not yet valid by its clock, among others.
-    "SSLV3_ALERT_BAD_CERTIFICATE": _party(
-        "certificate_refused", "the peer refuses our certificate (not yet valid by its clock, or damaged)"
-    ),
-    "UNEXPECTED_EOF_WHILE_READING": _DISCONNECTED,
-    **dict.fromkeys(("SSLV3_ALERT_CERTIFICATE_UNKNOWN", "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE"), _REFUSED),
-    **dict.fromkeys(("TLSV1_ALERT_PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "WRONG_SSL_VERSION"), _TLS_VERSION),
-    **dict.fromkeys(("HTTP_REQUEST", "WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG"), _PLAINTEXT),
-}
-
-_UNREACHABLE: Final = frozenset({errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN})
-_GONE: Final = frozenset({errno.ENOTCONN, errno.EBADF, errno.ESHUTDOWN})
-
-
-@contextmanager
-def map_tls_errors(doing: str, *, first_answer: bool = False, late: str = "timed_out") -> Iterator[None]:
-    """Turn errors of ssl, sockets and trio into ours; the cause is kept. Errors of ours pass unchanged.
-
-    Args:
-        doing: What is being done with whom; the errors begin with it.
-        first_answer: This is the first thing read after a client's handshake, so that a disconnect may be a refusal.
-        late: The code of a missed deadline.
-
-    Raises:
-        IdentityError: `wrong_ca`, `certificate_expired`, `certificate_not_yet_valid`, `certificate_revoked`,
-            `certificate_refused`, `certificate_invalid`, `no_client_certificate`.
-        TransportError: `plaintext`, `tls_version`, `tls`, `disconnected`, `closed_after_handshake`, `closed` (by us),
-            `timed_out` (or *late*), `connection_refused`, `unreachable`, `unknown_host`, `transport`.
-    """
-    try:
-        yield
-    except trio.ClosedResourceError as exc:
-        raise TransportError(f"{doing}: the connection was closed on this side", code="closed") from exc
-    except (trio.BrokenResourceError, trio.TooSlowError, OSError) as exc:
-        error, code, text = _verdict(_root(exc), late)
-        if first_answer and code == "disconnected":
-            error, code, text = _CLOSED_EARLY
-        raise error(f"{doing}: {text}", code=code) from exc
-
-
-def closed_after_handshake(doing: str) -> TransportError:
-    """The error for a clean end of stream where the first answer was due."""
-    return TransportError(f"{doing}: {_CLOSED_EARLY[2]}", code=_CLOSED_EARLY[1])
-
-
-def _root(exc: BaseException) -> BaseException:
-    """What trio wrapped, if it wrapped something."""
-    wraps = isinstance(exc, trio.BrokenResourceError) or (type(exc) is OSError and exc.errno is None)
-    if wraps and exc.__cause__ is not None:
-        return _root(exc.__cause__)
-    if isinstance(exc, BaseExceptionGroup):
-        return _root(exc.exceptions[0])
-    return exc
-
-
-def _verdict(exc: BaseException, late: str) -> _Verdict:
-    if isinstance(exc, ssl.SSLError):
-        return _verdict_on_tls(exc)
-    if isinstance(exc, trio.TooSlowError | TimeoutError):
-        return _link(late, "not finished in time")
-    if isinstance(exc, trio.BrokenResourceError | ConnectionResetError | BrokenPipeError | ConnectionAbortedError):
-        return _DISCONNECTED
-    if isinstance(exc, ConnectionRefusedError):
-        return _link("connection_refused", "connection refused: nobody listens there")
-    if isinstance(exc, socket.gaierror):
-        return _link("unknown_host", f"unknown host name ({exc.strerror})")
-    if isinstance(exc, OSError) and exc.errno in _UNREACHABLE:
-        return _link("unreachable", f"cannot be reached ({exc.strerror})")
-    if isinstance(exc, OSError) and exc.errno in _GONE:
-        return _DISCONNECTED
-    return _link("transport", str(exc))
-
-
-def _verdict_on_tls(exc: ssl.SSLError) -> _Verdict:
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        other = _party("certificate_invalid", f"the peer's certificate is refused: {exc.verify_message}")
-        return _BY_VERIFY_CODE.get(exc.verify_code, other)
-    if isinstance(exc, ssl.SSLEOFError | ssl.SSLZeroReturnError):
-        return _DISCONNECTED
-    reason = getattr(exc, "reason", None) or str(exc)
-    return _BY_REASON.get(reason, _link("tls", f"TLS failed: {reason.replace('_', ' ').lower()}"))
-
-
-@contextmanager
-def _handshake_with(peer: str) -> Iterator[None]:
-    doing = f"TLS handshake with {peer}"
-    try:
-        with map_tls_errors(doing, late="handshake_timeout"):
-            yield
-    except IdentityError as exc:
-        if exc.text.startswith(doing):
-            raise
-        raise IdentityError(f"{doing}: {exc.text}", code=exc.code) from exc
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # trio side
 
 
 async def connect_tls(
-    host: str, port: int, files: TlsFiles, expected: Identity | None, deadline_s: float
+    host: str, port: int, files: TlsFiles | TlsContext, expected: Identity | None, deadline_s: float
 ) -> tuple[TlsStream, Identity]:
     """Connect, shake hands, and check who answers, all within *deadline_s*.
+
+    Args:
+        files: Our own; or a context made for *expected* by `ServerCredentials.client`.
 
     That we were accepted is known only when the first answer arrives; read it under
     `map_tls_errors(..., first_answer=True)`. After a failure nothing is left open.
@@ -327,14 +248,14 @@ async def connect_tls(
         UsageError, IdentityError: as `load_identity`, about our own files.
         IdentityError, TransportError: as `map_tls_errors` and `identity_of_certificate`; `handshake_timeout`.
     """
-    context = client_context(files, expected)
+    context = files if isinstance(files, TlsContext) else client_context(files, expected)
     where = address_text(host, port)
     deadline = trio.current_time() + deadline_s
     with map_tls_errors(f"connecting to {where}"), trio.fail_at(deadline):
         transport = await trio.open_tcp_stream(host, port)
     stream = trio.SSLStream(transport, context)
     try:
-        with _handshake_with(where), trio.fail_at(deadline):
+        with handshake_errors(where), trio.fail_at(deadline):
             tune_socket(transport.socket)
             await stream.do_handshake()
         return stream, peer_identity(stream)
@@ -355,11 +276,13 @@ class ServeLimits:
         max_handshakes: Connections whose identity is not known yet. One more pushes out the oldest of them, which had
             the longest chance; so that stalled strangers do not keep out a peer.
         max_connections: Connections whose identity is known. One more is refused.
+        max_connections_per_peer: Of them, those of one identity: no single peer can keep out all others.
     """
 
     handshake_deadline_s: float = 5.0
     max_handshakes: int = 64
     max_connections: int = 256
+    max_connections_per_peer: int = 64
 
 
 OnConnection: TypeAlias = Callable[[TlsStream, Identity], Awaitable[None]]
@@ -411,7 +334,7 @@ class _Door:
     _call: Call | None
     _on_refusal: OnRefusal
     _https_compatible: bool
-    _inside: int = 0
+    _inside: Counter[Identity] = field(default_factory=Counter)
     _waiting: dict[int, trio.CancelScope] = field(default_factory=dict)  # oldest first
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -423,18 +346,20 @@ class _Door:
                 transport, self._credentials(), server_side=True, https_compatible=self._https_compatible
             )
             identity = await self._authenticate(stream, peer)
+            leave = watch_peer(stream, lambda _: _shut(transport.socket))
         except VmMigrateError as exc:
             self._on_refusal(peer, exc)
             return
         except OSError:
             return  # Gone between accept and here.
-        self._inside += 1
+        self._inside[identity] += 1
         try:
             await self._on_connection(stream, identity)
         except VmMigrateError as exc:
             self._on_refusal(peer, exc)
         finally:
-            self._inside -= 1
+            self._inside -= Counter([identity])
+            leave()
             await close_tls(stream)
 
     async def _authenticate(self, stream: TlsStream, peer: str) -> Identity:
@@ -443,7 +368,7 @@ class _Door:
         number = next(self._numbers)
         scope = self._waiting[number] = trio.CancelScope()
         try:
-            with scope, _handshake_with(peer), trio.fail_after(self._limits.handshake_deadline_s):
+            with scope, handshake_errors(peer), trio.fail_after(self._limits.handshake_deadline_s):
                 await stream.do_handshake()
         except VmMigrateError as exc:
             await _send_alert(stream, exc)
@@ -458,12 +383,18 @@ class _Door:
         identity = peer_identity(stream)
         if self._call is not None:
             check_allowed(identity, self._call)
-        if self._inside >= self._limits.max_connections:
-            raise TransportError(
-                f"{identity} at {peer}: more than {self._limits.max_connections} connections at once",
-                code="too_many_connections",
-            )
+        self._check_room(identity, peer)
         return identity
+
+    def _check_room(self, identity: Identity, peer: str) -> None:
+        limits = self._limits
+        for used, most, whose in (
+            (self._inside.total(), limits.max_connections, ""),
+            (self._inside[identity], limits.max_connections_per_peer, " of this peer"),
+        ):
+            if used >= most:
+                text = f"{identity} at {peer}: more than {most} connections{whose} at once"
+                raise TransportError(text, code="too_many_connections")
 
     def _make_room(self) -> None:
         waiting = [scope for scope in self._waiting.values() if not scope.cancel_called]
@@ -523,6 +454,11 @@ async def _send_alert(stream: TlsStream, failure: BaseException) -> None:
         await stream.transport_stream.send_eof()
 
 
+def _shut(sock: trio.socket.SocketType) -> None:
+    with suppress(OSError):  # it is gone already
+        sock.shutdown(socket.SHUT_RDWR)
+
+
 def _peer_text(sock: socket.socket | trio.socket.SocketType) -> str:
     try:
         return address_text(*sock.getpeername()[:2])
@@ -571,7 +507,7 @@ def _blocking_handshake(
     expected: Identity | None = None,
 ) -> tuple[ssl.SSLSocket, Identity]:
     try:
-        with _handshake_with(peer):
+        with handshake_errors(peer):
             tune_socket(sock)
             sock.settimeout(deadline_s)
             sock = tls = context.wrap_socket(

@@ -1,14 +1,16 @@
 """Messages to bytes and back: one table. A body is one msgpack map from field name to value.
 
-Every field has a check that bounds it; what passes is of the declared type and size. Unknown fields are refused,
-except in `Offer`, which is read before a protocol version is agreed upon: there a newer peer may say more, and it is
-skipped. Nothing is ever unpickled, no extension types, no trailing bytes.
+How many objects a body is made of is counted before one of them is made (`wire.shape`), so that a small body cannot
+grow to gigabytes. Every field has a check that bounds it; what passes is of the declared type and size. Unknown fields
+are refused, except in `Offer`, which is read before a protocol version is agreed upon: there a newer peer may say more,
+and it is skipped. Nothing is ever unpickled, no extension types, no trailing bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +20,25 @@ from vmmigrate.errors import LocalProtocolError, RemoteProtocolError
 from vmmigrate.wire import messages as m
 from vmmigrate.wire.framing import MAX_BODY_BYTES, Frame
 from vmmigrate.wire.phases import Kind
+from vmmigrate.wire.shape import check_shape
 
 Check = Callable[[Any], Any]
 
 U64_MAX = (1 << 64) - 1
 MAX_ENTRIES = 65_536
-MAX_EXTENTS = 1 << 20
+MAX_EXTENTS = 1 << 17
+# As large as a request that creates an instance may be; a spec that no request could have made is not read.
+MAX_SPEC_BYTES = 4 << 20
+MAX_PAYLOAD_ITEMS = 4096
+
+# How many msgpack objects a body may be made of; kinds that are not here share one limit. A refusal keeps alive, for as
+# long as it is being told, what it refuses: so the limit counts for every connection that there may be.
+MAX_OBJECTS: Mapping[Kind, int] = {
+    Kind.PREAMBLE: 3 * MAX_EXTENTS + MAX_ENTRIES,
+    Kind.DEVICE_STATE: 6 * MAX_PAYLOAD_ITEMS + 16,
+    Kind.CONSOLE_HISTORY: 16,
+}
+_MAX_OBJECTS_ELSEWHERE = 1 << 14
 
 
 def text(max_chars: int = 1024) -> Check:
@@ -95,6 +110,20 @@ def map_of(item: Check, max_items: int = MAX_ENTRIES, key: Check | None = None) 
     return check
 
 
+def topics(item: Check, max_items: int) -> Check:
+    """A map of which a newer peer may fill some entries in a way unknown to us: those are skipped."""
+    check_map = map_of(lambda value: value, max_items)
+
+    def check(value: Any) -> dict[str, Any]:
+        known: dict[str, Any] = {}
+        for name, entry in check_map(value).items():
+            with contextlib.suppress(ValueError):
+                known[name] = item(entry)
+        return known
+
+    return check
+
+
 def tuple_of(*items: Check) -> Check:
     def check(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list) or len(value) != len(items):
@@ -138,6 +167,7 @@ def nested(build: Callable[..., Any], *items: Check) -> Check:
 
 _ID = text(128)
 _WORDS = list_of(text(64), 256)
+_FACTS = map_of(text(1024), 256)
 _DIGEST = blob(64)
 _RANDOM = blob(32)
 _EPOCH = tuple_of(number(), number())
@@ -169,9 +199,9 @@ CODEC: Mapping[Kind, MessageCodec] = {
             "ticket": text(256),
             "spec_versions": _WORDS,
             "payloads": map_of(list_of(number(0, 0xFFFF_FFFF), 64), 1024),
-            "ram": map_of(_WORDS, 64),
+            "ram": topics(_WORDS, 64),
             "max_streams": number(1, 1024),
-            "facts": map_of(text(1024), 256),
+            "facts": _FACTS,
             "api_url": text(2048),
             "random": _RANDOM,
         },
@@ -199,7 +229,7 @@ CODEC: Mapping[Kind, MessageCodec] = {
         m.Preamble,
         {
             "spec_version": text(64),
-            "spec": blob(16 * _MIB),
+            "spec": blob(MAX_SPEC_BYTES),
             "blobs": map_of(blob(8 * _MIB), 256),
             "properties": map_of(text(4096), 64),
             "run_state": _RUN_STATE,
@@ -207,6 +237,7 @@ CODEC: Mapping[Kind, MessageCodec] = {
             "regions": list_of(tuple_of(number(), number(1)), 64),
             "populated": list_of(tuple_of(number(), number(1)), MAX_EXTENTS),
             "devices": list_of(nested(m.DeviceEntry, text(256), text(64), _VERSION, flag), 4096),
+            "facts": _FACTS,
         },
     ),
     Kind.PREAMBLE_OK: MessageCodec(
@@ -222,7 +253,11 @@ CODEC: Mapping[Kind, MessageCodec] = {
     Kind.TIME_DATA: MessageCodec(m.TimeDataMessage, {"values": map_of(number(-(1 << 63)), 16)}),
     Kind.DEVICE_STATE: MessageCodec(
         m.DeviceState,
-        {"payloads": list_of(nested(m.PayloadItem, text(256), text(64), _VERSION, flag, blob(64 * _MIB)), 4096)},
+        {
+            "payloads": list_of(
+                nested(m.PayloadItem, text(256), text(64), _VERSION, flag, blob(64 * _MIB)), MAX_PAYLOAD_ITEMS
+            )
+        },
     ),
     Kind.CONSOLE_HISTORY: MessageCodec(
         m.ConsoleHistoryMessage,
@@ -265,7 +300,9 @@ def encode(message: m.Message) -> Frame:
         except ValueError as exc:
             raise LocalProtocolError(_wrong(message.kind, name, exc), code="bad_message") from None
     try:
-        return Frame(message.kind, msgpack.packb(body, use_bin_type=True))
+        packed: bytes = msgpack.packb(body, use_bin_type=True)
+        _check_shape(message.kind, packed)
+        return Frame(message.kind, packed)
     except (ValueError, OverflowError) as exc:  # text that is not Unicode, details beyond 64 bits
         raise LocalProtocolError(f"{message.kind.name}: {exc}", code="bad_message") from None
 
@@ -296,7 +333,7 @@ def decode(frame: Frame) -> m.Message:
     body = _unpack(frame)
     unknown = body.keys() - codec.fields.keys()
     if unknown and not codec.skip_unknown:
-        raise RemoteProtocolError(f"{frame.kind.name}: unknown field {min(map(str, unknown))!r}", code="bad_message")
+        raise RemoteProtocolError(f"{frame.kind.name}: unknown field {_shortest(unknown)!r}", code="bad_message")
     values = {}
     for name, check in codec.fields.items():
         if name not in body:
@@ -306,6 +343,15 @@ def decode(frame: Frame) -> m.Message:
         except ValueError as exc:
             raise RemoteProtocolError(_wrong(frame.kind, name, exc), code="bad_message") from None
     return codec.message(**values)
+
+
+def _shortest(names: Iterable[Any]) -> str:
+    """One of *names* that a line can hold: the peer chose them."""
+    return min(str(name[:64]) for name in names)
+
+
+def _check_shape(kind: Kind, body: bytes) -> None:
+    check_shape(body, MAX_OBJECTS.get(kind, _MAX_OBJECTS_ELSEWHERE))
 
 
 def _refuse_extension(code: int, _: bytes) -> Any:
@@ -323,6 +369,7 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 def _unpack(frame: Frame) -> dict[str, Any]:
     cap = MAX_BODY_BYTES[frame.kind]
     try:
+        _check_shape(frame.kind, frame.body)
         body = msgpack.unpackb(
             frame.body,
             raw=False,

@@ -101,6 +101,7 @@ class Preamble:
         epoch: (term, n) under which the source holds the guest.
         regions: (gpa, bytes), ascending.
         populated: (gpa, pages) extents that were ever touched; a hint for populating, not a promise.
+        facts: What the guest is to its hypervisor; matched for opaque payloads.
     """
 
     kind: ClassVar[Kind] = Kind.PREAMBLE
@@ -113,6 +114,7 @@ class Preamble:
     regions: tuple[tuple[int, int], ...]
     populated: tuple[tuple[int, int], ...]
     devices: tuple[DeviceEntry, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ has nothing in common, *all* such topics are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vmmigrate.errors import NegotiationError
@@ -21,9 +21,11 @@ MAX_STREAMS = 16
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What one side can do, best first.
+    """What one host can do, best first; what it offers as a destination, and chooses among as a source.
 
-    `payloads` maps each kind that this guest needs to (the device that needs it, versions that we can write).
+    Attributes:
+        payloads: Device payload kind to the versions that this host reads and writes.
+        facts: Of the hypervisor; matched for opaque payloads.
     """
 
     protocols: tuple[int, ...] = PROTOCOL_VERSIONS
@@ -31,12 +33,24 @@ class Abilities:
     encodings: tuple[str, ...] = ENCODINGS
     digests: tuple[str, ...] = DIGESTS
     max_streams: int = MAX_STREAMS
-    payloads: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    spec_versions: tuple[str, ...] = ()
+    payloads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One payload of the guest, and the versions in which its present state can be written."""
+
+    device: str
+    kind: str
+    versions: tuple[int, ...]
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What will be spoken."""
+    """What will be spoken. `skipped`: optional payloads, as (device, kind), that the destination does not read."""
 
     protocol: int
     transport: str
@@ -44,15 +58,18 @@ class Choice:
     digest: str
     streams: int
     payloads: Mapping[str, int]
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """One topic in which the sides have nothing in common."""
+    """One topic in which the sides have nothing in common; for a payload also whose and which."""
 
     topic: str
     source: tuple[str, ...]
     destination: tuple[str, ...]
+    device: str = ""
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.topic}: source {_words(self.source)}, destination {_words(self.destination)}"
@@ -69,8 +86,17 @@ def first_common(ours: Iterable[str], theirs: Iterable[str]) -> str | None:
     return next((word for word in ours if word in known), None)
 
 
-def choose(offer: Offer, source: Abilities, wanted_streams: int) -> Choice:
+def choose(
+    offer: Offer,
+    source: Abilities,
+    wanted_streams: int,
+    needs: Sequence[Need] = (),
+    found: Iterable[Mismatch] = (),
+) -> Choice:
     """What the source selects from *offer*.
+
+    Args:
+        found: Mismatches that were found elsewhere, to be told together with those found here.
 
     Raises:
         NegotiationError: `no_common_ground` when some topic has nothing in common; details list every such topic.
@@ -85,11 +111,12 @@ def choose(offer: Offer, source: Abilities, wanted_streams: int) -> Choice:
     encodings = tuple(word for word in source.encodings if word in known)
     if "raw" not in encodings:
         mismatches.append(Mismatch("encodings", source.encodings, offer.ram.get("encodings", ())))
-    payloads = _choose_payloads(source, offer, mismatches)
+    payloads, skipped = _choose_payloads(needs, offer, mismatches)
+    mismatches += found
     if mismatches or protocol is None or transport is None or digest is None:
         raise _refusal(mismatches)
     streams = max(1, min(wanted_streams, offer.max_streams, source.max_streams))
-    return Choice(protocol, transport, encodings, digest, streams, payloads)
+    return Choice(protocol, transport, encodings, digest, streams, payloads, tuple(skipped))
 
 
 def _choose_word(topic: str, ours: tuple[str, ...], offer: Offer, mismatches: list[Mismatch]) -> str | None:
@@ -100,25 +127,63 @@ def _choose_word(topic: str, ours: tuple[str, ...], offer: Offer, mismatches: li
     return word
 
 
-def _choose_payloads(source: Abilities, offer: Offer, mismatches: list[Mismatch]) -> dict[str, int]:
+def _choose_payloads(
+    needs: Sequence[Need], offer: Offer, mismatches: list[Mismatch]
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """One version per kind, for all devices that have it; and what is left out because it may be."""
     chosen: dict[str, int] = {}
-    for kind, (device, versions) in source.payloads.items():
+    skipped: list[tuple[str, str]] = []
+    for kind in dict.fromkeys(need.kind for need in needs):
+        group = [need for need in needs if need.kind == kind]
+        mandatory = [need for need in group if not need.optional]
         readable = offer.payloads.get(kind, ())
-        version = newest_common(versions, readable)
-        if version is None:
-            mismatches.append(Mismatch(f"payload {kind} of device {device}", _texts(versions), _texts(readable)))
-        else:
+        version = _for_all(group, readable) or (_for_all(mandatory, readable) if mandatory else None)
+        if version is not None:
             chosen[kind] = version
-    return chosen
+            skipped += [(need.device, kind) for need in group if version not in need.versions]
+        elif mandatory:
+            mismatches += _mismatches(mandatory, readable)
+        else:
+            skipped += [(need.device, kind) for need in group]
+    return chosen, skipped
+
+
+def _for_all(needs: Sequence[Need], readable: Iterable[int]) -> int | None:
+    """The newest version that every device can write and the peer reads."""
+    return max(set(readable).intersection(*(need.versions for need in needs)), default=None)
+
+
+def _mismatches(needs: Sequence[Need], readable: tuple[int, ...]) -> list[Mismatch]:
+    """The devices that cannot be said; all of them when each could, but not in one version."""
+    apart = [need for need in needs if not set(need.versions) & set(readable)] or needs
+    return [
+        Mismatch(
+            f"payload {need.kind} of device {need.device}",
+            _texts(need.versions),
+            _texts(readable),
+            need.device,
+            need.kind,
+        )
+        for need in apart
+    ]
 
 
 def _refusal(mismatches: list[Mismatch]) -> NegotiationError:
-    details = [{"topic": x.topic, "source": list(x.source), "destination": list(x.destination)} for x in mismatches]
+    details = [_as_dict(mismatch) for mismatch in mismatches]
     return NegotiationError(
         "nothing in common: " + "; ".join(map(str, mismatches)),
         code="no_common_ground",
         details={"mismatches": details},
     )
+
+
+def _as_dict(mismatch: Mismatch) -> dict[str, object]:
+    told: dict[str, object] = {
+        "topic": mismatch.topic,
+        "source": list(mismatch.source),
+        "destination": list(mismatch.destination),
+    }
+    return told | ({"device": mismatch.device, "kind": mismatch.kind} if mismatch.kind else {})
 
 
 def _texts(values: Iterable[object]) -> tuple[str, ...]:

@@ -151,8 +151,7 @@ TRANSITIONS: Mapping[tuple[Phase, Role, Kind], Phase] = {
 
 TERMINAL = frozenset({Phase.DONE, Phase.FAILED})
 
-# Cancel is not here for IN_DOUBT: after the point where the guest was given away, nobody can take it back by asking
-# (ownership rule 11). FAILED is a report; in IN_DOUBT it ends the session and decides nothing (rule 5).
+# FAILED is a report; in IN_DOUBT it ends the session and decides nothing (ownership rule 5).
 IN_EVERY_LIVE_PHASE: Mapping[Kind, Phase | None] = {
     Kind.HEARTBEAT: None,
     Kind.PROGRESS: None,
@@ -160,13 +159,19 @@ IN_EVERY_LIVE_PHASE: Mapping[Kind, Phase | None] = {
     Kind.CANCEL: Phase.FAILED,
 }
 
+# Ownership rule 11. In doubt nobody can call the guest back by asking; and a destination that has said Ready makes
+# `refused` durable first and then says Refused, so that no source resumes on a word that the destination may forget.
+NO_CANCEL: frozenset[tuple[Phase, Role]] = frozenset(
+    {(Phase.IN_DOUBT, Role.SOURCE), (Phase.IN_DOUBT, Role.DESTINATION), (Phase.READY, Role.DESTINATION)}
+)
+
 
 def next_phase(phase: Phase, speaker: Role, kind: Kind) -> Phase | None:
     """The phase that follows when *speaker* says *kind* in *phase*; None when that is illegal."""
     if phase in TERMINAL:
         return None
     if kind in IN_EVERY_LIVE_PHASE:
-        if kind is Kind.CANCEL and phase is Phase.IN_DOUBT:
+        if kind is Kind.CANCEL and (phase, speaker) in NO_CANCEL:
             return None
         return IN_EVERY_LIVE_PHASE[kind] or phase
     return TRANSITIONS.get((phase, speaker, kind))

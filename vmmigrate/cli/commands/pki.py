@@ -72,6 +72,49 @@ def issue(
     return 0
 
 
+@app.command
+def revoke(
+    directory: Annotated[Path, Parameter(name="DIR", help="Where pki init made the CA.")],
+    certificate: Annotated[Path, Parameter(name="CERT", help="The certificate that is to be trusted no more.")],
+    /,
+    *,
+    days: Annotated[int | None, Parameter(help="How long the list is valid; 30 days otherwise.")] = None,
+    output: OutputOption = "text",
+) -> int:
+    """Put a certificate on the CA's revocation list, DIR/crl.pem.
+
+    It counts at a daemon once the list is copied to where its setting tls.crl points, and the daemon got SIGHUP.
+
+    For example: vmmigrate pki revoke ca host-a/host-a.pem
+    """
+    from vmmigrate.net import revocation
+
+    lifetime_days = revocation.DEFAULT_LIST_DAYS if days is None else days
+    _show(revocation.revoke(directory, certificate, lifetime_days).as_dict(), output)
+    return 0
+
+
+@app.command
+def crl(
+    directory: Annotated[Path, Parameter(name="DIR", help="Where pki init made the CA.")],
+    /,
+    *,
+    days: Annotated[int | None, Parameter(help="How long the list is valid; 30 days otherwise.")] = None,
+    output: OutputOption = "text",
+) -> int:
+    """Write the CA's revocation list anew, DIR/crl.pem: the first one, or the same entries for longer.
+
+    Once its list has expired a daemon lets nobody in: renew it in time.
+
+    For example: vmmigrate pki crl ca --days 90
+    """
+    from vmmigrate.net import revocation
+
+    lifetime_days = revocation.DEFAULT_LIST_DAYS if days is None else days
+    _show(revocation.renew(directory, lifetime_days).as_dict(), output)
+    return 0
+
+
 def _show(facts: dict[str, Any], output: str) -> None:
     from vmmigrate.cli.output import print_fields, print_json
 

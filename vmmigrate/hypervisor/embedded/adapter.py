@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
 import trio
 
@@ -66,7 +66,7 @@ class EmbeddedHypervisor:
         dirty_tracking: TrackingChoice = "auto",
         witness_dir: Path | None = None,
         **options: Any,
-    ) -> EmbeddedHypervisor:
+    ) -> Self:
         """Prepare *runtime_dir* and probe this host.
 
         Args:
@@ -186,6 +186,13 @@ def _capabilities(no_kernel_tracking: str) -> Capabilities:
         dirty_tracking_reason=no_kernel_tracking or "userfaultfd write-protect and PAGEMAP_SCAN work here",
         huge_pages=Capability(False, "the embedded machine uses 4 KiB pages"),
         throttle=Capability(False, "the embedded machine has no throttle"),
+        facts={
+            "hypervisor": "embedded",
+            "hypervisor_version": vmmigrate.__version__,
+            "loads_versions": vmmigrate.__version__,
+            "machine_types": "embedded",
+            "cpu_models": "embedded",
+        },
     )
 
 

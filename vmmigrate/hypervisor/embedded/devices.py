@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
-from vmmigrate.devices import kinds
+from vmmigrate.devices import block, chipset, kinds, pci, virtio
 from vmmigrate.devices.plan import ExpectedDevice
 from vmmigrate.errors import PayloadError
 from vmmigrate.hypervisor.base import DiskPlan, InjectorPlan, NicPlan
 from vmmigrate.hypervisor.embedded.backends import Backend, BlobBackend, VionaBackend
-from vmmigrate.memory import PAGE_SIZE, RamLayout
+from vmmigrate.memory import RamLayout
 
 RTC_NAME: Final = "pci-piix3-lpc"  # where Propolis keeps it
-_KNOWN_COMMAND_BITS: Final = 0x0407  # I/O, memory, bus master, INTx disable
-_KNOWN_VIRTIO_STATUS_BITS: Final = 0xCF
 _QUEUE_SIZE: Final = 256
 _MSIX_SIZE_BYTES: Final = 0x4000
 
@@ -57,7 +54,7 @@ class PciDevice:
         self._states.update(states)
 
     def _check(self, states: Mapping[str, Any]) -> Sequence[str]:
-        return _pci_problems(states["pci-device"], self._states["pci-device"])
+        return list(pci.differences(states["pci-device"], self._states["pci-device"]))
 
 
 class VirtioDevice(PciDevice):
@@ -69,7 +66,7 @@ class VirtioDevice(PciDevice):
 
     def _check(self, states: Mapping[str, Any]) -> Sequence[str]:
         own, new = self._states["pci-virtio"], states["pci-virtio"]
-        return [*super()._check(states), *_virtio_problems(new, own), *_queue_problems(new, own, self._layout)]
+        return [*super()._check(states), *virtio.virtio_differences(new, own, self._layout)]
 
 
 class Disk(VirtioDevice):
@@ -83,21 +80,7 @@ class NvmeDisk(PciDevice):
         self._states["nvme-ctrl"] = kinds.NvmeCtrlV1(0x20_0000_0FFF, 0, 0, 0, 0, 0, 0, 0, cqs=(), sqs=())
 
     def _check(self, states: Mapping[str, Any]) -> Sequence[str]:
-        new: kinds.NvmeCtrlV1 = states["nvme-ctrl"]
-        problems = list(super()._check(states))
-        if new.cap != self._states["nvme-ctrl"].cap:
-            problems.append(f"nvme-ctrl cap {new.cap:#x}: this controller has {self._states['nvme-ctrl'].cap:#x}")
-        completion = {queue.id for queue in new.cqs}
-        queues: list[kinds.NvmeCompletionQueue | kinds.NvmeSubmissionQueue] = [*new.cqs, *new.sqs]
-        for queue in queues:
-            if queue.head >= queue.size or queue.tail >= queue.size:
-                problems.append(f"nvme-ctrl queue {queue.id}: head or tail beyond its {queue.size} entries")
-        problems += [
-            f"nvme-ctrl queue {submission.id}: no completion queue {submission.cq_id}"
-            for submission in new.sqs
-            if submission.cq_id not in completion
-        ]
-        return problems
+        return [*super()._check(states), *block.nvme_differences(states["nvme-ctrl"], self._states["nvme-ctrl"])]
 
 
 class Nic(VirtioDevice):
@@ -107,6 +90,9 @@ class Nic(VirtioDevice):
         super().__init__(plan.name, layout, queues=3, control_queue=True, config_bytes=12)
         self.backend = VionaBackend(plan.backend_name, plan.vnic_name)
         self._states["pci-virtio-viona"] = kinds.PciVirtioVionaV1("None", 0, (), ())
+
+    def _check(self, states: Mapping[str, Any]) -> Sequence[str]:
+        return [*super()._check(states), *virtio.viona_differences(states["pci-virtio"])]
 
 
 class BlobDevice:
@@ -146,10 +132,10 @@ class Rtc:
         self._base_clock = 0
         self._last_period = 0
         self._addr = 0
-        _write_time(self._cmos, int(time.time()))
+        chipset.write_time(self._cmos, int(time.time()))
 
     def expected(self) -> ExpectedDevice:
-        return ExpectedDevice(self.name, ("bhyve-rtc",), check=_rtc_problems)
+        return ExpectedDevice(self.name, ("bhyve-rtc",))
 
     def export(self) -> dict[str, Any]:
         return {"bhyve-rtc": kinds.BhyveRtcV2(self._base_clock, self._last_period, bytes(self._cmos), self._addr)}
@@ -193,38 +179,6 @@ def blob_device(backend: Backend) -> BlobDevice | None:
     return BlobDevice(backend) if isinstance(backend, BlobBackend) else None
 
 
-def read_time(cmos: bytes | bytearray) -> int:
-    """Seconds since 1970 of the time of day in CMOS.
-
-    Raises:
-        ValueError: The registers hold no date.
-    """
-    second, minute, hour, day, month, year, century = (_from_bcd(cmos[n]) for n in (0, 2, 4, 7, 8, 9, 0x32))
-    return int(datetime(century * 100 + year, month, day, hour, minute, second, tzinfo=UTC).timestamp())
-
-
-def _write_time(cmos: bytearray, seconds: int) -> None:
-    now = datetime.fromtimestamp(seconds, UTC)
-    registers = {0: now.second, 2: now.minute, 4: now.hour, 6: now.isoweekday() % 7 + 1, 7: now.day, 8: now.month}
-    registers |= {9: now.year % 100, 0x32: now.year // 100}
-    for register, value in registers.items():
-        cmos[register] = value // 10 << 4 | value % 10
-
-
-def _from_bcd(value: int) -> int:
-    if value & 0x0F > 9 or value >> 4 > 9:
-        raise ValueError(f"{value:#x} is not BCD")
-    return (value >> 4) * 10 + (value & 0x0F)
-
-
-def _rtc_problems(states: Mapping[str, Any]) -> Sequence[str]:
-    try:
-        read_time(states["bhyve-rtc"].cmos)
-    except ValueError as exc:
-        return [f"bhyve-rtc cmos: no time of day ({exc})"]
-    return []
-
-
 def _pci_device(vectors: int) -> kinds.PciDeviceV1:
     empty = kinds.PciBar("Empty", 0, 0)
     bars = (kinds.PciBar("Pio", 0x200, 0xC000), kinds.PciBar("Mmio", _MSIX_SIZE_BYTES, 0xC000_0000), *[empty] * 4)
@@ -233,25 +187,7 @@ def _pci_device(vectors: int) -> kinds.PciDeviceV1:
     return kinds.PciDeviceV1(reg_command=0x0007, reg_intr_line=0, bars=bars, msix=msix)
 
 
-def _pci_problems(new: kinds.PciDeviceV1, own: kinds.PciDeviceV1) -> list[str]:
-    problems = []
-    if new.reg_command & ~_KNOWN_COMMAND_BITS:
-        problems.append(f"pci-device reg_command {new.reg_command:#x}: unknown bits, allowed {_KNOWN_COMMAND_BITS:#x}")
-    for n, (bar, own_bar) in enumerate(zip(new.bars, own.bars, strict=True)):
-        if (bar.kind, bar.size) != (own_bar.kind, own_bar.size):
-            here = f"{own_bar.kind} of {own_bar.size:#x}"
-            problems.append(f"pci-device bars[{n}] is {bar.kind} of {bar.size:#x} bytes, here it is {here}")
-        if bar.kind == "Mmio64" and (n == 5 or new.bars[n + 1].kind != "Empty"):
-            problems.append(f"pci-device bars[{n}] is Mmio64 and needs an Empty one after it")
-    counts = [None if side.msix is None else side.msix.count for side in (new, own)]
-    if counts[0] != counts[1]:
-        problems.append(f"pci-device msix has {counts[0]} vectors, here it has {counts[1]}")
-    elif new.msix is not None and len(new.msix.entries) != new.msix.count:
-        problems.append(f"pci-device msix says {new.msix.count} vectors and lists {len(new.msix.entries)}")
-    return problems
-
-
-def _virtio(queues: int, control_queue: bool, config_bytes: int) -> kinds.PciVirtioV1:
+def _virtio(queues: int, control_queue: bool, config_bytes: int) -> kinds.PciVirtioV2:
     rings = tuple(
         kinds.VirtioQueue(
             id=n,
@@ -284,38 +220,4 @@ def _virtio(queues: int, control_queue: bool, config_bytes: int) -> kinds.PciVir
         isr_queue=False,
         isr_cfg=False,
     )
-    return kinds.PciVirtioV1(registers, kinds.VirtioQueues(queues, queues, rings))
-
-
-def _virtio_problems(new: kinds.PciVirtioV1, own: kinds.PciVirtioV1) -> list[str]:
-    problems = []
-    if new.device.status & ~_KNOWN_VIRTIO_STATUS_BITS:
-        problems.append(f"pci-virtio device.status {new.device.status:#x}: unknown bits, allowed are 0xcf")
-    for field in ("mode", "device_config_size"):
-        theirs, here = getattr(new.device, field), getattr(own.device, field)
-        if theirs != here:
-            problems.append(f"pci-virtio device.{field} is {theirs}, here it is {here}")
-    if len(new.device.msix_queue_vec) != len(own.queues.queues):
-        problems.append(f"pci-virtio device.msix_queue_vec has {len(new.device.msix_queue_vec)} entries")
-    if not new.queues.len == len(new.queues.queues) == len(own.queues.queues) <= new.queues.peak:
-        counts = f"len {new.queues.len}, peak {new.queues.peak}, {len(new.queues.queues)} listed"
-        problems.append(f"pci-virtio queues: {counts}, here there are {len(own.queues.queues)}")
-    return problems
-
-
-def _queue_problems(new: kinds.PciVirtioV1, own: kinds.PciVirtioV1, layout: RamLayout) -> list[str]:
-    problems = []
-    for n, (queue, here) in enumerate(zip(new.queues.queues, own.queues.queues, strict=False)):
-        where = f"pci-virtio queues[{n}]"
-        for field in ("id", "notify_data", "is_control"):
-            if getattr(queue, field) != getattr(here, field):
-                problems.append(f"{where}.{field} is {getattr(queue, field)}, here it is {getattr(here, field)}")
-        if not 0 < queue.size <= _QUEUE_SIZE or queue.size & queue.size - 1:
-            problems.append(f"{where}.size is {queue.size}, allowed are powers of two up to {_QUEUE_SIZE}")
-        if queue.mapping_valid:
-            problems += [
-                f"{where}.{field} {getattr(queue, field):#x} does not lie in RAM"
-                for field in ("descr_gpa", "avail_gpa", "used_gpa")
-                if layout.locate(getattr(queue, field) // PAGE_SIZE * PAGE_SIZE, 1) is None
-            ]
-    return problems
+    return kinds.PciVirtioV2(registers, kinds.VirtioQueues(queues, queues, rings))

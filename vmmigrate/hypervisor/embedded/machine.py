@@ -250,17 +250,23 @@ class Machine:
         }
 
     def list_payloads(self) -> list[tuple[str, str, tuple[int, ...], bool]]:
-        """(device, kind, writable versions, optional) of all that `export_devices` gives.
+        """(device, kind, versions that can say its present state, optional) of all that `export_devices` gives.
+
+        State goes on changing: a version that is exact now may be lossy at the export, which then fails.
 
         Raises:
             HypervisorError: `not_migratable`, naming every device that cannot move.
         """
         self._check_migratable()
-        return [
-            (device.instance_name, kind, registry.KINDS[kind].writable, False)
-            for device in self._expected()
-            for kind in device.kinds
-        ]
+        listed = [(VCPU_NAME, "embedded-vcpu", registry.KINDS["embedded-vcpu"].writable, False)]
+        for device in self._devices:
+            kinds = device.expected().kinds
+            if all(len(registry.KINDS[kind].writable) == 1 for kind in kinds):  # nothing to find out, nothing to copy
+                listed += [(device.name, kind, registry.KINDS[kind].writable, False) for kind in kinds]
+            else:
+                exact = {kind: registry.exact_versions(kind, state) for kind, state in device.export().items()}
+                listed += [(device.name, kind, exact[kind], False) for kind in kinds]
+        return listed
 
     def export_devices(self, versions: Mapping[str, int]) -> list[DevicePayload]:
         """Each kind in the version of *versions*, its newest when it is not named."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict
 from typing import Any
 
@@ -44,6 +45,17 @@ def plan_from_map(tree: dict[str, Any]) -> GuestPlan:
         program=tree["program"],
         unmigratable=tuple(tree["unmigratable"]),
     )
+
+
+def device_tree(plan: GuestPlan) -> str:
+    """A digest of the devices that the guest sees, by name and kind; backends do not count."""
+    devices = [
+        *(f"uart {port.num} {port.name}" for port in plan.serial_ports),
+        *(f"{disk.model} {disk.name}" for disk in plan.disks),
+        *(f"nic {nic.name}" for nic in plan.nics),
+        *([] if plan.injector is None else [f"injector {plan.injector.name}"]),
+    ]
+    return hashlib.sha256("\n".join(devices).encode()).hexdigest()
 
 
 def _fields(disk: DiskPlan) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
+import vmmigrate
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.devices.time import Adjustment, TimeData
 from vmmigrate.errors import HypervisorError
@@ -73,6 +74,17 @@ class EmbeddedGuest:
         self._tracker: DirtyTracker | None = None
         self._gone = False
         self._threads = trio.CapacityLimiter(2)
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What it is to this hypervisor."""
+        return {
+            "hypervisor": "embedded",
+            "hypervisor_version": vmmigrate.__version__,
+            "machine_type": "embedded",
+            "cpu_model": "embedded",
+            "device_tree": plans.device_tree(self.plan),
+        }
 
     def attach(self, ram: MappedRam, tracker: DirtyTracker, tracking_reason: str, *, tracks: bool) -> None:
         """Complete the guest after the handshake. *tracks*: marks may be on already (an adopted guest)."""
