@@ -76,6 +76,9 @@ def test_names_in_journals_never_change() -> None:
         "started",
         "returned",
         "acknowledged",
+        "resolved",
+        "notified",
+        "yielded",
     ]
     assert {RECORD_NAMES[cls]: cls for cls in RECORD_NAMES} == RECORD_TYPES
 

@@ -38,6 +38,7 @@ OUT: Mapping[type[Record], Record] = {
     r.Released: r.Released("m1", N, "b", "journal-of-b", "https://b"),
     r.Reclaimed: r.Reclaimed("m1", N.taken_back()),
     r.Freed: r.Freed("m1", N.handed_over()),
+    r.Resolved: r.Resolved("m1", N.next_term(), "its power is off"),
 }
 IN: Mapping[type[Record], Record] = {
     r.Reserved: r.Reserved("m1", VM, "a", "https://a"),
@@ -99,6 +100,7 @@ def test_the_full_product_of_stages_and_records_at_the_source(stage: Outgoing | 
     assert after.instances[VM].epoch == {
         Outgoing.RECLAIMED: N.taken_back(),
         Outgoing.FREED: N.handed_over(),
+        Outgoing.RESOLVED: N.next_term(),
     }.get(wanted, N)
 
 
@@ -238,3 +240,15 @@ def test_states_are_never_changed_in_place() -> None:
 
     assert dict(before.instances) == kept
     assert not before.outgoing
+
+
+@pytest.mark.parametrize("last", [[], [r.Lost(VM, "guest_lost")]], ids=["now", "by an earlier release"])
+def test_an_instance_taken_back_without_its_guest_is_lost_by_that_one_record(last: list[Record]) -> None:
+    """Two records could be torn apart, and the instance look as if an operator had stopped it. Found by the model."""
+    in_doubt = [*BORN, *path_to(OUTGOING_STEPS, OUT, Outgoing.RELEASED), r.Stopped(VM)]
+
+    after = fold([*in_doubt, OUT[r.Reclaimed], *last])
+
+    assert after.instances[VM].holding is Holding.LOST
+    assert after.outgoing["m1"].stage is Outgoing.RECLAIMED
+    assert not after.may_run(VM, N.taken_back())

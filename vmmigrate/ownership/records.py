@@ -31,6 +31,7 @@ class Epoch(NamedTuple):
 
 
 FIRST_EPOCH = Epoch(1, 1)
+NO_EPOCH = Epoch(0, 0)  # below every other
 
 
 # --------------------------------------------------------------------------- any host
@@ -80,7 +81,17 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Superseded:
-    """An operator gave the instance a higher epoch elsewhere; nothing below it may run here, ever."""
+    """An operator gave the instance a higher epoch elsewhere; nothing below it may run here, ever. The winner had
+    given away `since`: every host that got the instance after that has to know."""
+
+    instance: str
+    epoch: Epoch
+    since: Epoch = NO_EPOCH
+
+
+@dataclass(frozen=True, slots=True)
+class Yielded:
+    """The winner of `epoch` runs the guest; the superseded one, kept here until now, is being ended."""
 
     instance: str
     epoch: Epoch
@@ -152,6 +163,24 @@ class Reclaimed:
 @dataclass(frozen=True, slots=True)
 class Freed:
     """The destination runs the guest at N+1: the tombstone."""
+
+    migration: str
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """An operator gave the instance back to its source, which was in doubt about M, under a higher term. The text
+    tells how it was known that nobody else runs the guest; it stays here for the audit."""
+
+    migration: str
+    epoch: Epoch
+    fencing_proof: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notified:
+    """The destination of M has durably acknowledged that *epoch* supersedes what it got."""
 
     migration: str
     epoch: Epoch
@@ -233,6 +262,7 @@ Record = (
     | Removed
     | Lost
     | Superseded
+    | Yielded
     | TicketIssued
     | TicketConsumed
     | Pausing
@@ -241,6 +271,8 @@ Record = (
     | Released
     | Reclaimed
     | Freed
+    | Resolved
+    | Notified
     | Reserved
     | Abandoned
     | Prepared
@@ -275,6 +307,9 @@ RECORD_TYPES: Mapping[str, type[Record]] = {
     "started": Started,
     "returned": Returned,
     "acknowledged": Acknowledged,
+    "resolved": Resolved,
+    "notified": Notified,
+    "yielded": Yielded,
 }
 RECORD_NAMES: Mapping[type[Record], str] = {cls: name for name, cls in RECORD_TYPES.items()}
 

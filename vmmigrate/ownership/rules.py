@@ -10,13 +10,41 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from vmmigrate.errors import IdentityError, RequestError, VmMigrateError
 from vmmigrate.ownership import records as r
-from vmmigrate.ownership.records import FIRST_EPOCH, Epoch, Record
+from vmmigrate.ownership.events import (
+    Acknowledge,
+    Acquire,
+    Answer,
+    BeginPause,
+    ConsumeTicket,
+    Create,
+    EndAttempt,
+    Event,
+    Evidence,
+    IssueTicket,
+    Lose,
+    Notify,
+    Prepare,
+    Refuse,
+    Release,
+    Remove,
+    Reserve,
+    ResolveDestination,
+    ResolveSource,
+    Return,
+    Settle,
+    Spawn,
+    Start,
+    Stop,
+    Supersede,
+    Yield,
+)
+from vmmigrate.ownership.records import FIRST_EPOCH, NO_EPOCH, Epoch, Record
 from vmmigrate.ownership.state import (
+    GIVEN_AWAY,
     Holding,
     Incoming,
     IncomingState,
@@ -26,22 +54,46 @@ from vmmigrate.ownership.state import (
     Ownership,
 )
 
+__all__ = [
+    "Acknowledge",
+    "Acquire",
+    "Answer",
+    "BeginPause",
+    "ConsumeTicket",
+    "Create",
+    "Decision",
+    "EndAttempt",
+    "Event",
+    "Evidence",
+    "IssueTicket",
+    "Lose",
+    "Notice",
+    "Notify",
+    "OwnershipRefusal",
+    "Prepare",
+    "Refuse",
+    "Release",
+    "Remove",
+    "Reserve",
+    "ResolveDestination",
+    "ResolveSource",
+    "Return",
+    "Settle",
+    "Spawn",
+    "Start",
+    "Stop",
+    "Supersede",
+    "Yield",
+    "decide",
+    "notices",
+    "verdict",
+]
+
 
 class OwnershipRefusal(VmMigrateError):  # noqa: N818  (a verdict, not a fault)
     """The rules say no; nothing was written."""
 
     default_code = "ownership_refused"
-
-
-class Answer(StrEnum):
-    """What a destination says of M: to the source, in messages and in answers to settle."""
-
-    RUNNING = "running"
-    STARTED = "started"
-    REFUSED = "refused"
-    RETURNED = "returned"
-    PENDING = "pending"
-    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,163 +102,6 @@ class Decision:
 
     records: tuple[Record, ...] = ()
     answer: Answer | None = None
-
-
-# --------------------------------------------------------------------------- events
-
-
-@dataclass(frozen=True, slots=True)
-class Create:
-    instance: str
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    spawned: r.Spawned
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    instance: str
-
-
-@dataclass(frozen=True, slots=True)
-class Remove:
-    instance: str
-
-
-@dataclass(frozen=True, slots=True)
-class Lose:
-    """A guest process ended by itself. `guest` names it; None: whatever process the journal knows."""
-
-    instance: str
-    reason: str
-    guest: r.Spawned | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class IssueTicket:
-    ticket: r.TicketIssued
-
-
-@dataclass(frozen=True, slots=True)
-class ConsumeTicket:
-    migration: str
-    instance: str
-    ticket_hash: str
-    host: str
-    now_s: int
-
-
-@dataclass(frozen=True, slots=True)
-class BeginPause:
-    migration: str
-    desired: str
-
-
-@dataclass(frozen=True, slots=True)
-class EndAttempt:
-    """The attempt failed or was cancelled before `released`. `only_in` are the stages that the caller has seen:
-    in any other nothing is written, because the attempt went on meanwhile."""
-
-    migration: str
-    code: str
-    only_in: frozenset[Outgoing] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    migration: str
-    destination_journal: str
-    destination_url: str
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """A statement of the destination, made after its fsync: in a message, or as an answer to settle."""
-
-    migration: str
-    answer: Answer
-    journal_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve:
-    reserved: r.Reserved
-
-
-@dataclass(frozen=True, slots=True)
-class Prepare:
-    migration: str
-    epoch: Epoch
-    run_state: str
-
-
-@dataclass(frozen=True, slots=True)
-class Acquire:
-    migration: str
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    migration: str
-    code: str
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    migration: str
-
-
-@dataclass(frozen=True, slots=True)
-class Return:
-    migration: str
-    code: str
-
-
-@dataclass(frozen=True, slots=True)
-class Settle:
-    """The source (or an orchestrator on its behalf, host None) asks for the verdict on M."""
-
-    migration: str
-    host: str | None
-    guest_runs: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Supersede:
-    instance: str
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class Acknowledge:
-    migration: str
-
-
-Event = (
-    Create
-    | Spawn
-    | Stop
-    | Remove
-    | Lose
-    | IssueTicket
-    | ConsumeTicket
-    | BeginPause
-    | EndAttempt
-    | Release
-    | Evidence
-    | Reserve
-    | Prepare
-    | Acquire
-    | Refuse
-    | Start
-    | Return
-    | Settle
-    | Supersede
-    | Acknowledge
-)
 
 
 def decide(state: Ownership, event: Event) -> Decision:
@@ -397,11 +292,8 @@ def _evidence(state: Ownership, event: Evidence) -> Decision:
         )
     if event.answer in {Answer.RUNNING, Answer.STARTED}:
         return Decision((r.Freed(event.migration, known.epoch.handed_over()),), event.answer)
-    reclaimed = r.Reclaimed(event.migration, known.epoch.taken_back())
-    if known.guest is None:
-        # The paused guest died while we were in doubt: the owner again, of a guest that nobody has.
-        return Decision((reclaimed, r.Lost(outgoing.instance, "guest_lost")), event.answer)
-    return Decision((reclaimed,), event.answer)
+    # If the paused guest died while we were in doubt, this one record makes us the owner of a guest that nobody has.
+    return Decision((r.Reclaimed(event.migration, known.epoch.taken_back()),), event.answer)
 
 
 # --------------------------------------------------------------------------- destination
@@ -528,10 +420,102 @@ def _settle(state: Ownership, event: Settle) -> Decision:
     return Decision((r.Refused(event.migration, "settled"),), Answer.REFUSED)
 
 
+# --------------------------------------------------------------------------- 8: an operator resolves
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What the destination of M has still to acknowledge: `Supersede(instance, epoch, since)`."""
+
+    migration: str
+    instance: str
+    epoch: Epoch
+    since: Epoch
+    host: str
+    url: str
+
+
+def notices(state: Ownership) -> tuple[Notice, ...]:
+    """Whom this host has to tell of a supersession, until each has acknowledged it: as the winner, or as a host that
+    was superseded and had given the instance away. So the word goes along the chain, to every later host."""
+    due = []
+    for migration, outgoing in state.outgoing.items():
+        released = outgoing.released
+        if released is None or outgoing.stage not in GIVEN_AWAY:
+            continue
+        limit, since = _limit(state, outgoing)
+        if limit > (outgoing.notified or released.epoch):
+            host, url = outgoing.ticket.destination_host, released.destination_url
+            due.append(Notice(migration, outgoing.instance, limit, since, host, url))
+    return tuple(due)
+
+
+def _limit(state: Ownership, outgoing: OutgoingState) -> tuple[Epoch, Epoch]:
+    """The newest epoch of an operator that supersedes what was given away by *outgoing*, and what its winner had given
+    away. Hosts that had the instance before the winner are not told: the winner may be among them."""
+    own, released = outgoing.resolved, outgoing.released
+    assert released is not None
+    limit = (own.epoch, released.epoch) if own else (NO_EPOCH, NO_EPOCH)
+    since = state.superseded_since.get(outgoing.instance)
+    if since is not None and released.epoch > since:
+        limit = max(limit, (state.superseded[outgoing.instance], since))
+    return limit
+
+
 def _supersede(state: Ownership, event: Supersede) -> Decision:
-    if event.epoch <= state.superseded.get(event.instance, Epoch(0, 0)):
+    known = state.instances.get(event.instance)
+    if event.epoch <= state.superseded.get(event.instance, NO_EPOCH):
         return Decision()
-    return Decision((r.Superseded(event.instance, event.epoch),))
+    if known is not None and known.epoch.term == event.epoch.term and known.epoch > event.epoch:
+        return Decision()  # it has come here from the winner meanwhile
+    if known is not None and known.epoch >= event.epoch:
+        # Acknowledged, it would let the sender believe that nothing older than itself can run here.
+        raise OwnershipRefusal(
+            f"instance {event.instance} is at {tuple(known.epoch)} here: {tuple(event.epoch)} does not supersede it",
+            code="newer_epoch",
+        )
+    return Decision((r.Superseded(event.instance, event.epoch, event.since),))
+
+
+def _resolve_source(state: Ownership, event: ResolveSource) -> Decision:
+    outgoing = _outgoing(state, event.migration)
+    known = _instance(state, outgoing.instance)
+    if known.holding is not Holding.RELEASED or known.last_migration != event.migration:
+        raise OwnershipRefusal(f"migration {event.migration} is not in doubt: {outgoing.stage}", code="not_in_doubt")
+    if known.guest is None:
+        raise OwnershipRefusal(f"migration {event.migration}: its guest is gone from the source", code="guest_lost")
+    if not event.fencing_proof.strip():
+        raise RequestError("how is it known that nobody else runs the guest?", code="no_fencing_proof")
+    newest = max(known.epoch, state.superseded.get(outgoing.instance, known.epoch))
+    return Decision((r.Resolved(event.migration, newest.next_term(), event.fencing_proof),))
+
+
+def _resolve_destination(state: Ownership, event: ResolveDestination) -> Decision:
+    """Nothing but the ordinary acquire: it loses against a verdict, and against `superseded`."""
+    stage = _incoming(state, event.migration).stage
+    if stage in {Incoming.ACQUIRED, Incoming.STARTED}:
+        return Decision(answer=_ANSWERS[stage])
+    return _acquire(state, Acquire(event.migration, event.released))
+
+
+def _notify(state: Ownership, event: Notify) -> Decision:
+    outgoing = _outgoing(state, event.migration)
+    if outgoing.notified is not None and event.epoch <= outgoing.notified:
+        return Decision()
+    if outgoing.stage not in GIVEN_AWAY or event.epoch > _limit(state, outgoing)[0]:
+        return Decision()
+    return Decision((r.Notified(event.migration, event.epoch),))
+
+
+def _yield(state: Ownership, event: Yield) -> Decision:
+    known = state.instances.get(event.instance)
+    if known is None or known.holding is not Holding.HELD or not state.is_superseded(event.instance, known.epoch):
+        return Decision()
+    if event.epoch != state.superseded[event.instance]:
+        return Decision()
+    migration = state.open_outgoing(event.instance)
+    ended = () if migration is None else _end_attempt(state, EndAttempt(migration, "superseded")).records
+    return Decision((*ended, r.Yielded(event.instance, event.epoch)))
 
 
 def _acknowledge(state: Ownership, event: Acknowledge) -> Decision:
@@ -561,5 +545,9 @@ _DECIDE: Mapping[type[Event], Callable[[Ownership, Any], Decision]] = {
     Return: _return,
     Settle: _settle,
     Supersede: _supersede,
+    ResolveSource: _resolve_source,
+    ResolveDestination: _resolve_destination,
+    Notify: _notify,
+    Yield: _yield,
     Acknowledge: _acknowledge,
 }

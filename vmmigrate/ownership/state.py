@@ -13,7 +13,7 @@ from typing import Any
 
 from vmmigrate.errors import JournalError
 from vmmigrate.ownership import records as r
-from vmmigrate.ownership.records import Epoch, Record
+from vmmigrate.ownership.records import NO_EPOCH, Epoch, Record
 
 
 class Holding(StrEnum):
@@ -37,6 +37,7 @@ class Outgoing(StrEnum):
     ENDED = "ended"
     RECLAIMED = "reclaimed"
     FREED = "freed"
+    RESOLVED = "resolved"
 
 
 class Incoming(StrEnum):
@@ -61,6 +62,7 @@ OUTGOING_STEPS: Mapping[tuple[Outgoing | None, type[Record]], Outgoing] = {
     (Outgoing.PAUSING, r.Released): Outgoing.RELEASED,
     (Outgoing.RELEASED, r.Reclaimed): Outgoing.RECLAIMED,
     (Outgoing.RELEASED, r.Freed): Outgoing.FREED,
+    (Outgoing.RELEASED, r.Resolved): Outgoing.RESOLVED,
 }
 
 INCOMING_STEPS: Mapping[tuple[Incoming | None, type[Record]], Incoming] = {
@@ -74,6 +76,8 @@ INCOMING_STEPS: Mapping[tuple[Incoming | None, type[Record]], Incoming] = {
 }
 
 OPEN_OUTGOING = frozenset({Outgoing.AWAITING_PEER, Outgoing.ACTIVE, Outgoing.PAUSING, Outgoing.RELEASED})
+# The destination may have got the guest: who supersedes it has to tell it.
+GIVEN_AWAY = frozenset({Outgoing.RELEASED, Outgoing.FREED, Outgoing.RESOLVED})
 OPEN_INCOMING = frozenset({Incoming.RESERVED, Incoming.PREPARED, Incoming.ACQUIRED})
 
 
@@ -97,12 +101,15 @@ class InstanceState:
 
 @dataclass(frozen=True, slots=True)
 class OutgoingState:
-    """One migration at its source."""
+    """One migration at its source. `notified` is the highest epoch of which its destination knows that it
+    supersedes what it got."""
 
     ticket: r.TicketIssued
     stage: Outgoing
     desired: str | None = None
     released: r.Released | None = None
+    resolved: r.Resolved | None = None
+    notified: Epoch | None = None
     code: str | None = None
 
     @property
@@ -138,6 +145,7 @@ class Ownership:
     outgoing: Mapping[str, OutgoingState] = field(default_factory=dict)
     incoming: Mapping[str, IncomingState] = field(default_factory=dict)
     superseded: Mapping[str, Epoch] = field(default_factory=dict)
+    superseded_since: Mapping[str, Epoch] = field(default_factory=dict)
     leftovers: tuple[r.Spawned, ...] = ()
 
     def open_outgoing(self, instance: str) -> str | None:
@@ -222,13 +230,28 @@ def _removed(state: Ownership, record: r.Removed) -> Ownership:
 
 
 def _lost(state: Ownership, record: r.Lost) -> Ownership:
+    known = state.instances.get(record.instance)
+    last = state.outgoing.get(known.last_migration or "") if known else None
+    if known is not None and known.holding is Holding.LOST and last is not None and last.stage is Outgoing.RECLAIMED:
+        return state  # written after `reclaimed` by an earlier release; that record says it alone now
     return _without_guest(state, _known(state, record, Holding.HELD), Holding.LOST)
 
 
 def _superseded(state: Ownership, record: r.Superseded) -> Ownership:
-    if record.epoch <= state.superseded.get(record.instance, Epoch(0, 0)):
+    if record.epoch <= state.superseded.get(record.instance, NO_EPOCH):
         raise _illegal(record, "not above what superseded it before")
-    return replace(state, superseded={**state.superseded, record.instance: record.epoch})
+    return replace(
+        state,
+        superseded={**state.superseded, record.instance: record.epoch},
+        superseded_since={**state.superseded_since, record.instance: record.since},
+    )
+
+
+def _yielded(state: Ownership, record: r.Yielded) -> Ownership:
+    known = _known(state, record, Holding.HELD)
+    if state.superseded.get(record.instance) != record.epoch or known.epoch >= record.epoch:
+        raise _illegal(record, f"it does not supersede {tuple(known.epoch)}")
+    return _without_guest(state, replace(known, epoch=record.epoch), Holding.ELSEWHERE)
 
 
 # --------------------------------------------------------------------------- source
@@ -257,13 +280,14 @@ def _outgoing_step(state: Ownership, record: Any) -> Ownership:
 
 
 def _outgoing_ownership(state: Ownership, record: Any) -> Ownership:
-    """Released, Reclaimed, Freed: the migration moves on, and so does who holds the instance."""
+    """Released, Reclaimed, Freed, Resolved: the migration moves on, and so does who holds the instance."""
     outgoing = _step_outgoing(state, record)
     known = state.instances.get(outgoing.instance)
     before, after, epoch_ok = {
         r.Released: (Holding.HELD, Holding.RELEASED, known is not None and record.epoch == known.epoch),
         r.Reclaimed: (Holding.RELEASED, Holding.HELD, known is not None and record.epoch > known.epoch),
         r.Freed: (Holding.RELEASED, Holding.ELSEWHERE, known is not None and record.epoch > known.epoch),
+        r.Resolved: (Holding.RELEASED, Holding.HELD, known is not None and record.epoch.term > known.epoch.term),
     }[type(record)]
     if known is None or known.holding is not before or not epoch_ok:
         raise _illegal(record, f"instance {outgoing.instance} is not {before} at the right epoch")
@@ -271,11 +295,23 @@ def _outgoing_ownership(state: Ownership, record: Any) -> Ownership:
         outgoing = replace(outgoing, released=record)
     elif known.last_migration != record.migration:
         raise _illegal(record, "the last ownership record is of another migration")
+    if isinstance(record, r.Resolved):
+        outgoing = replace(outgoing, resolved=record)
     state = _with_outgoing(state, record.migration, outgoing)
     known = replace(known, epoch=record.epoch, last_migration=record.migration)
     if isinstance(record, r.Freed):
         return _without_guest(state, known, after)
+    if isinstance(record, r.Reclaimed) and known.guest is None:
+        # Its paused guest died meanwhile. A record `lost` of its own could be torn off, and the loss go unsaid.
+        after = Holding.LOST
     return _with_instance(state, replace(known, holding=after))
+
+
+def _notified(state: Ownership, record: r.Notified) -> Ownership:
+    outgoing = state.outgoing.get(record.migration)
+    if outgoing is None or outgoing.stage not in GIVEN_AWAY or record.epoch <= (outgoing.notified or NO_EPOCH):
+        raise _illegal(record, f"migration {record.migration} has nobody to notify of that")
+    return _with_outgoing(state, record.migration, replace(outgoing, notified=record.epoch))
 
 
 # --------------------------------------------------------------------------- destination
@@ -337,6 +373,7 @@ _APPLY: Mapping[type[Record], Callable[[Ownership, Any], Ownership]] = {
     r.Removed: _removed,
     r.Lost: _lost,
     r.Superseded: _superseded,
+    r.Yielded: _yielded,
     r.TicketIssued: _outgoing_step,
     r.TicketConsumed: _outgoing_step,
     r.Pausing: _outgoing_step,
@@ -345,6 +382,8 @@ _APPLY: Mapping[type[Record], Callable[[Ownership, Any], Ownership]] = {
     r.Released: _outgoing_ownership,
     r.Reclaimed: _outgoing_ownership,
     r.Freed: _outgoing_ownership,
+    r.Resolved: _outgoing_ownership,
+    r.Notified: _notified,
     r.Reserved: _incoming_step,
     r.Abandoned: _incoming_step,
     r.Prepared: _incoming_step,
