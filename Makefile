@@ -26,10 +26,11 @@ demo: base ## migrate a running guest between two daemons on this machine (VMM_D
 test: dev ## the tests that take at most 5 minutes
 	@$(BIN)/pytest -m "not slow" $(ARGS)
 
-lint: dev ## ruff, formatting, and what no committed file may hold
+lint: dev ## ruff, formatting, what no committed file may hold, and that nothing released changed
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted; run 'make fmt'"; $(BIN)/ruff format --check .; }
 	@$(BIN)/python -m tools.check_tree
+	@$(BIN)/python -m tools.check_frozen
 
 type: dev ## mypy, strict
 	@$(BIN)/mypy
@@ -47,8 +48,10 @@ check-long: lint type contracts ## the same with many more generated examples; b
 compat: dev ## only the tests that read golden files
 	@$(BIN)/pytest -k "golden or frozen or conformance" $(ARGS)
 
-fixtures: dev ## write the golden frames of the newest protocol version; released ones never change
+fixtures: dev ## write golden frames and schemas of the newest versions; released ones never change
 	@$(BIN)/python -m tools.frame_fixtures --rewrite-head
+	@$(BIN)/python -m tools.payload_fixtures --rewrite-head
+	@$(BIN)/python -m tools.spec_schemas
 
 bench: base ## run every benchmark; prints ratios measured in one run
 	@set -e; for bench in $(sort $(wildcard bench/*.py)); do echo "== $$bench"; $(BIN)/python "$$bench"; done

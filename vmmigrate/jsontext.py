@@ -294,7 +294,7 @@ def _refuse(text: str, offset: int, code: str, reason: str) -> NoReturn:
     raise SpecParseError(
         f"not JSON: {reason} (line {at.line}, column {at.column})",
         code=code,
-        details={"path": "", "line": at.line, "column": at.column},
+        details={"path": "", "reason": f"not JSON: {reason}", "line": at.line, "column": at.column},
     )
 
 

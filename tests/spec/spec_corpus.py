@@ -13,11 +13,27 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from vmmigrate.spec import latest
+from vmmigrate.spec import chain, latest
+from vmmigrate.spec.decode import (
+    BoolCodec,
+    Bytes,
+    Codec,
+    Enumeration,
+    Integer,
+    KeyCodec,
+    KeyedMap,
+    ListOf,
+    Nullable,
+    SetOf,
+    StructCodec,
+    Tagged,
+    UuidCodec,
+)
 from vmmigrate.spec.keys import SpecKey, in_key_order, spec_key
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "specs"
-VERSIONS = ("v1", "v2", "v3")
+SCHEMAS = Path(__file__).parents[2] / "vmmigrate" / "spec" / "schemas"
+VERSIONS = chain.CHAIN.names
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 """For laws: the machine that runs them may be busy."""
@@ -31,8 +47,9 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
 
 
 def documents() -> list[tuple[str, Path]]:
-    """Every frozen document with its version."""
-    return [(version, path) for version in VERSIONS for path in sorted((FIXTURES / version).glob("*.json"))]
+    """Every frozen document with its version: those that real types wrote, and the full one."""
+    full = [(version, SCHEMAS / f"{version}.full.json") for version in VERSIONS]
+    return full + [(version, path) for version in VERSIONS for path in sorted((FIXTURES / version).glob("*.json"))]
 
 
 @cache
@@ -48,100 +65,91 @@ def deviation_for(code: str, message: str) -> str | None:
     return None
 
 
-# ---- strategies
+# ---- strategies, made from the field tables: what a new version adds is drawn without a word here
 
-U8 = st.integers(0, 2**8 - 1)
-U32 = st.integers(0, 2**32 - 1)
-U64 = st.integers(0, 2**64 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 UUIDS = st.uuids().map(str)
 KEYS = (UUIDS | TEXT).map(spec_key)
-PATHS = st.builds(latest.PciPath, bus=U8, device=st.integers(0, 31), function=st.integers(0, 7))
+
+
+@cache
+def values_of(codec: Codec) -> st.SearchStrategy[Any]:
+    """Any value that the codec reads and writes."""
+    match codec:
+        case BoolCodec():
+            return st.booleans()
+        case Integer():
+            return st.integers(codec.minimum, codec.maximum)
+        case KeyCodec():
+            return KEYS
+        case UuidCodec():
+            return UUIDS
+        case Enumeration():
+            return st.sampled_from(list(codec.type))
+        case Bytes():
+            return st.binary(min_size=codec.length, max_size=codec.length)
+        case Nullable():
+            return st.none() | values_of(codec.item)
+        case SetOf():
+            return st.sets(values_of(codec.item)).map(lambda values: tuple(sorted(values)))
+        case ListOf():
+            return st.lists(values_of(codec.item), max_size=3).map(tuple)
+        case KeyedMap():
+            return st.dictionaries(KEYS, values_of(codec.item), max_size=6).map(in_key_order)
+        case Tagged():
+            return st.one_of([values_of(model.table) for model in codec.variants.values()])
+        case StructCodec():
+            return st.builds(codec.model, **{field.name: values_of(field.codec) for field in codec.fields})
+        case _:
+            return TEXT
+
+
+def specs(version: str = chain.LATEST) -> st.SearchStrategy[Any]:
+    """Any document of the version, whether or not it describes a machine."""
+    return values_of(chain.CHAIN.version(version).model.table)
+
 
 BACKENDS = st.one_of(
-    st.builds(latest.CrucibleStorageBackend, request_json=TEXT, readonly=st.booleans()),
-    st.builds(
-        latest.FileStorageBackend,
-        path=TEXT,
-        readonly=st.booleans(),
-        block_size=U32,
-        workers=st.none() | st.integers(1, 2**64 - 1),
-    ),
-    st.builds(latest.BlobStorageBackend, base64=TEXT, readonly=st.booleans()),
+    values_of(latest.CrucibleStorageBackend.table),
+    values_of(latest.FileStorageBackend.table),
+    values_of(latest.BlobStorageBackend.table),
 )
-VIONA = st.builds(latest.VirtioNetworkBackend, vnic_name=TEXT)
-SOCKETS = st.builds(latest.VirtioSocket, guest_cid=U64, pci_path=PATHS)
-V1_COMPONENTS = st.one_of(
-    st.builds(latest.VirtioDisk, backend_id=KEYS, pci_path=PATHS),
-    st.builds(latest.NvmeDisk, backend_id=KEYS, pci_path=PATHS, serial_number=st.binary(min_size=20, max_size=20)),
-    st.builds(latest.VirtioNic, backend_id=KEYS, interface_id=UUIDS, pci_path=PATHS),
-    st.builds(latest.SerialPort, num=st.sampled_from(latest.SerialPortNumber)),
-    st.builds(latest.PciPciBridge, downstream_bus=U8, pci_path=PATHS),
-    st.builds(latest.QemuPvpanic, enable_isa=st.booleans()),
-    st.builds(
-        latest.BootSettings,
-        order=st.lists(st.builds(latest.BootOrderEntry, id=KEYS), max_size=3).map(tuple),
-    ),
-    st.builds(latest.SoftNpuPciPort, pci_path=PATHS),
-    st.builds(latest.SoftNpuPort, link_name=TEXT, backend_id=KEYS),
-    st.builds(latest.SoftNpuP9, pci_path=PATHS),
-    st.builds(latest.P9fs, source=TEXT, target=TEXT, chunk_size=U32, pci_path=PATHS),
-    st.builds(latest.MigrationFailureInjector, fail_exports=U32, fail_imports=U32),
-    BACKENDS,
-    VIONA,
-    st.builds(latest.DlpiNetworkBackend, vnic_name=TEXT),
-)
-CPUID_ENTRIES = st.builds(latest.CpuidEntry, leaf=U32, subleaf=st.none() | U32, eax=U32, ebx=U32, ecx=U32, edx=U32)
-BOARDS = st.builds(
-    latest.Board,
-    cpus=U8,
-    memory_mb=U64,
-    chipset=st.builds(latest.I440Fx, enable_pcie=st.booleans()),
-    guest_hv_interface=st.sampled_from(
-        [latest.Bhyve(), latest.HyperV(features=()), latest.HyperV(features=(latest.HyperVFeature.REFERENCE_TSC,))]
-    ),
-    cpuid=st.none()
-    | st.builds(
-        latest.Cpuid,
-        entries=st.lists(CPUID_ENTRIES, max_size=3).map(tuple),
-        vendor=st.sampled_from(latest.CpuidVendor),
-    ),
-)
-SMBIOS = st.builds(latest.SmbiosType1Input, manufacturer=TEXT, product_name=TEXT, serial_number=TEXT, version=U64)
+DISKS = values_of(latest.VirtioDisk.table) | values_of(latest.NvmeDisk.table)
 
 
-def specs() -> st.SearchStrategy[latest.InstanceSpec]:
-    """Any document of the newest version, whether or not it describes a machine."""
-    components = st.dictionaries(KEYS, V1_COMPONENTS | SOCKETS, max_size=6).map(in_key_order)
-    return st.builds(latest.InstanceSpec, board=BOARDS, components=components, smbios=st.none() | SMBIOS)
+def _with_sound_cpuid(board: latest.Board) -> latest.Board:
+    """Leaves that the builder accepts, in the order in which it writes them."""
+    if board.cpuid is None:
+        return board
+    entries = {(entry.leaf & 0x8000_FFFF, None): entry for entry in board.cpuid.entries}
+    sound = tuple(entries[at].model_copy(update={"leaf": at[0], "subleaf": None}) for at in sorted(entries))
+    return board.model_copy(update={"cpuid": board.cpuid.model_copy(update={"entries": sound})})
 
 
 @st.composite
 def machines(draw: st.DrawFn) -> latest.InstanceSpec:
     """A document that describes one machine: devices with backends of their own, PCI paths that nobody else has."""
-    paths = iter(draw(st.lists(PATHS, min_size=8, max_size=8, unique=True)))
+    paths = iter(draw(st.lists(values_of(latest.PciPath.table), min_size=8, max_size=8, unique=True)))
     parts: dict[SpecKey, latest.Component] = {}
+
+    def add(key: str, made: st.SearchStrategy[Any], **fixed: Any) -> None:
+        parts[spec_key(key)] = draw(made).model_copy(update=fixed)
+
     disks = draw(st.integers(0, 3))
     for index in range(disks):
-        backend, key = spec_key(f"disk{index}-be"), spec_key(f"disk{index}")
-        parts[backend] = draw(BACKENDS)
-        if draw(st.booleans()):
-            parts[key] = latest.VirtioDisk(backend_id=backend, pci_path=next(paths))
-        else:
-            parts[key] = latest.NvmeDisk(backend_id=backend, pci_path=next(paths), serial_number=bytes(20))
+        add(f"disk{index}-be", BACKENDS)
+        add(f"disk{index}", DISKS, backend_id=spec_key(f"disk{index}-be"), pci_path=next(paths))
     if draw(st.booleans()):
-        parts[spec_key("nic-be")] = draw(VIONA)
-        parts[spec_key("nic")] = latest.VirtioNic(
-            backend_id=spec_key("nic-be"), interface_id=draw(UUIDS), pci_path=next(paths)
-        )
+        add("nic-be", values_of(latest.VirtioNetworkBackend.table))
+        add("nic", values_of(latest.VirtioNic.table), backend_id=spec_key("nic-be"), pci_path=next(paths))
     if draw(st.booleans()):
-        parts[spec_key(draw(UUIDS))] = latest.VirtioSocket(guest_cid=draw(U64), pci_path=next(paths))
+        add(draw(UUIDS), values_of(latest.VirtioSocket.table), pci_path=next(paths))
     if draw(st.booleans()):
-        parts[spec_key("bridge")] = latest.PciPciBridge(downstream_bus=draw(U8), pci_path=next(paths))
+        add("bridge", values_of(latest.PciPciBridge.table), pci_path=next(paths))
     for number in draw(st.sets(st.sampled_from(latest.SerialPortNumber))):
         parts[spec_key(number)] = latest.SerialPort(num=number)
     if draw(st.booleans()):
         order = tuple(latest.BootOrderEntry(id=spec_key(f"disk{index}")) for index in reversed(range(disks)))
         parts[spec_key("boot")] = latest.BootSettings(order=order)
-    board = draw(BOARDS).model_copy(update={"cpuid": None})
-    return latest.InstanceSpec(board=board, components=in_key_order(parts), smbios=draw(st.none() | SMBIOS))
+    spec: latest.InstanceSpec = draw(specs())
+    return spec.model_copy(update={"board": _with_sound_cpuid(spec.board), "components": in_key_order(parts)})

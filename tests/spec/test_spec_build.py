@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from spec_corpus import UNHURRIED, machines
+from hypothesis import strategies as st
 
-from vmmigrate.errors import SpecBuildError, SpecCreatableError
-from vmmigrate.spec import document
+from tests.spec.spec_corpus import UNHURRIED, machines
+from vmmigrate.errors import LossyDowngradeError, SpecBuildError, SpecCreatableError
+from vmmigrate.jsontext import compact
+from vmmigrate.spec import document, keys
 from vmmigrate.spec.build import FALCON, build
+from vmmigrate.spec.chain import CHAIN, LATEST
 from vmmigrate.spec.creatable import check_creatable, problems
 from vmmigrate.spec.keys import in_key_order, spec_key
 from vmmigrate.spec.latest import (
@@ -301,3 +304,66 @@ def test_all_problems_are_named_at_once_each_with_what_is_allowed() -> None:
         "cpus_zero", "memory_size", "com1_missing", "pci_bus_without_bridge", "guest_cid",
     ]  # fmt: skip
     assert all(problem["allowed"] for problem in found)
+
+
+@pytest.mark.parametrize("text", ["AGVsbG8", "AGVsbG9=", "AGVsbG8=\n", "AGVs bG8=", "AGVsbG8==", "=", "é"])
+def test_base64_that_could_be_written_otherwise_is_refused(text: str) -> None:
+    """The real decoder takes exactly one text for each sequence of bytes."""
+    assert rules(spec_of(com1=COM1, d=disk("b", 4), b=blob(text))) == [("b", "base64")]
+
+
+def test_any_whole_mib_of_memory_is_whole_pages() -> None:
+    """So the alignment of memory needs no rule of its own."""
+    for memory_mb in (1, 3, 2**32):
+        assert rules(spec_of(BOARD.model_copy(update={"memory_mb": memory_mb}), com1=COM1)) == []
+
+
+# ---- API spec -> machine -> API spec, up to the spellings that are allowed to change
+
+
+def respelled(data: st.DataObject, node: Any, where: tuple[str, ...] = ()) -> Any:
+    """The same document otherwise: order of keys and entries, nulls, UUID keys, features, ignored fields."""
+    if isinstance(node, list):
+        items = [respelled(data, item, (*where, "[]")) for item in node]
+        if where[-1:] == ("features",):
+            return items * data.draw(st.integers(1, 2)) if items else items
+        return data.draw(st.permutations(items)) if where[-1:] == ("entries",) else items
+    if not isinstance(node, dict):
+        is_uuid_text = isinstance(node, str) and where[-1:] in (("backend_id",), ("id",)) and keys.is_uuid(node)
+        return data.draw(st.sampled_from([node, node.upper(), f"{{{node}}}"])) if is_uuid_text else node
+    members = []
+    for key, value in node.items():
+        if value is None and key in ("workers", "subleaf", "smbios") and data.draw(st.booleans()):
+            continue
+        spelled = key
+        if where == ("components",) and keys.is_uuid(key):
+            spelled = data.draw(st.sampled_from([key, key.upper(), key.replace("-", ""), f"urn:uuid:{key}"]))
+        members.append((spelled, respelled(data, value, (*where, key))))
+    if not where or where[-1] == "pci_path":
+        members.append(("ignored", {"whatever": 1}))
+    order = data.draw(st.permutations(members))
+    return dict(order)
+
+
+@UNHURRIED
+@given(st.data(), machines())
+def test_api_to_machine_to_api_is_the_identity_but_for_spellings(data: st.DataObject, spec: InstanceSpec) -> None:
+    """Which spellings: those of propolis.md 1.7, and no others."""
+    text = compact(respelled(data, document.to_json(spec)))
+
+    again = to_latest(build(document.parse(LATEST, text)))
+
+    assert document.serialise(again) == document.serialise(spec)
+
+
+@UNHURRIED
+@given(st.data(), machines(), st.sampled_from(CHAIN.names))
+def test_a_machine_is_the_same_in_every_version_that_can_say_it(
+    data: st.DataObject, spec: InstanceSpec, version: str
+) -> None:
+    try:
+        older = CHAIN.convert(spec, version)
+    except LossyDowngradeError:
+        return
+
+    assert build(older) == build(spec)

@@ -23,7 +23,7 @@ from vmmigrate.errors import (
     UsageError,
 )
 from vmmigrate.jsontext import Flaw, Json
-from vmmigrate.spec import amend, build, chain, document, machine
+from vmmigrate.spec import amend, build, captured, chain, document, machine
 from vmmigrate.spec.keys import spec_key
 
 Members: TypeAlias = dict[str, Json]
@@ -66,7 +66,7 @@ def spec_convert(stdin: BinaryIO, stdout: BinaryIO, to: str) -> None:
 
 def spec_build(stdin: BinaryIO, stdout: BinaryIO, features: frozenset[str]) -> None:
     """Build each document's machine and write it in the newest version. Raises: UsageError: unknown feature."""
-    _check_features(features)
+    check_features(features)
 
     def answer(line: Members) -> Answer:
         try:
@@ -77,6 +77,36 @@ def spec_build(stdin: BinaryIO, stdout: BinaryIO, features: frozenset[str]) -> N
             return {"ok": False, "error": {"code": error.code, "component": culprit, "message": error.text}}
         except SpecParseError as error:
             return {"ok": False, "error": {"component": None, **_parse_error(error)}}
+
+    _answer_lines(stdin, stdout, answer)
+
+
+def spec_from_ron(stdin: BinaryIO, stdout: BinaryIO, kind: str) -> None:
+    """Read messages of Propolis' protocol version 0, one RON text per line. Raises: UsageError: unknown kind."""
+    check_kind(kind)
+
+    def answer(line: Members) -> Answer:
+        try:
+            return {"accepted": True, "value": captured.from_ron(_text(line, "input"), kind)}
+        except SpecParseError as error:
+            place = {name: error.details[name] for name in ("line", "column", "reported")}
+            return {"accepted": False, "error": {"code": error.code, "message": error.text, **place}}
+
+    _answer_lines(stdin, stdout, answer)
+
+
+def spec_to_ron(stdin: BinaryIO, stdout: BinaryIO, kind: str) -> None:
+    """Write messages of Propolis' protocol version 0, one JSON value per line. Raises: UsageError: unknown kind."""
+    check_kind(kind)
+
+    def answer(line: Members) -> Answer:
+        if "input" not in line:
+            raise _BadLineError("'input' is missing")
+        try:
+            value = document.read_tree(captured.codec_of(kind), line["input"])
+            return {"ok": True, "ron": captured.to_ron(value, kind)}
+        except SpecParseError as error:
+            return {"ok": False, "error": _parse_error(error)}
 
     _answer_lines(stdin, stdout, answer)
 
@@ -99,7 +129,7 @@ def spec_negotiate(stdin: BinaryIO, stdout: BinaryIO, accept: tuple[str, ...]) -
 
 def spec_amend(stdin: BinaryIO, stdout: BinaryIO, features: frozenset[str]) -> None:
     """Put replacement backends into each document. Raises: UsageError: unknown feature."""
-    _check_features(features)
+    check_features(features)
 
     def answer(line: Members) -> Answer:
         allowances = amend.Allowances.of(
@@ -205,7 +235,13 @@ def _check_version(version: str) -> None:
         raise UsageError(f"spec version '{version}', allowed: {', '.join(chain.CHAIN.names)}")
 
 
-def _check_features(features: frozenset[str]) -> None:
+def check_kind(kind: str) -> None:
+    """Raises: UsageError."""
+    if kind not in captured.KINDS:
+        raise UsageError(f"kind '{kind}', allowed: {', '.join(captured.KINDS)}")
+
+
+def check_features(features: frozenset[str]) -> None:
     unknown = sorted(features - build.FEATURES)
     if unknown:
         raise UsageError(f"feature '{unknown[0]}', allowed: {', '.join(sorted(build.FEATURES))}")

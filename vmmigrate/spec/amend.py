@@ -20,7 +20,6 @@ from vmmigrate.spec import chain
 from vmmigrate.spec.build import FAILURE_INJECTION, build
 from vmmigrate.spec.chain import AnySpec
 from vmmigrate.spec.decode import KeyedMap, Tagged
-from vmmigrate.spec.document import read_text
 from vmmigrate.spec.keys import SpecKey, in_key_order
 from vmmigrate.spec.latest import (
     Component,
@@ -29,6 +28,7 @@ from vmmigrate.spec.latest import (
     MigrationFailureInjector,
     VirtioNetworkBackend,
 )
+from vmmigrate.spec.reading import read_text
 from vmmigrate.spec.volume import VolumeRequest, differences, parse_volume
 
 Replacement: TypeAlias = MigrationFailureInjector | CrucibleStorageBackend | VirtioNetworkBackend

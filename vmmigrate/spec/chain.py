@@ -2,23 +2,28 @@
 
 Adding a spec version, say v6:
 
-1. Copy the newest version module to `v6.py` and keep in it only what changed: the new or changed structs, `COMPONENT`
-   if there is a new component or variant (`v3.COMPONENT.and_also(...)`), and `InstanceSpec`.
+1. `cp vmmigrate/spec/v3.py vmmigrate/spec/v6.py`, and keep in it only what changes: new or changed structs (a changed
+   one inherits the old one), `COMPONENT = v3.COMPONENT.and_also(...)`, and `InstanceSpec`.
 2. In it, write `from_v3` (total: every older spec has a newer form) and `to_v3` (what the older version can say, and a
    `Loss` for every component or field that it cannot say; never drop anything without a `Loss`).
-3. Add its row to `CHAIN` below:  Version("v6", v6.InstanceSpec, up=v6.from_v3, down=v6.to_v3),
-4. Point `latest.py` at the new types, and follow mypy and the tests: `machine`, `build` and its way back.
-5. Add documents to `fixtures/specs/v6/`, at least one with every component and every field.
-6. One sentence in CHANGELOG.md.
+3. Below, add it to `AnySpec`, and its row to `CHAIN`:  Version("v6", v6.InstanceSpec, up=v6.from_v3, down=v6.to_v3),
+4. In `latest.py`, take the new types from `v6` in place of the older ones; in `requests.py`, add its API types. Then
+   follow mypy and the tests: `machine`, `build` and its way back, where a component is new.
+5. Write `schemas/v6.full.json` by hand: every component, every field filled. Documents that the real types of the
+   version wrote go to `fixtures/specs/v6/`, once there are any.
+6. `python -m tools.spec_schemas` writes `schemas/v6.json`. While the version is being made, name its files in
+   `UNRELEASED` of `tools/check_frozen.py`; after a change, `python -m tools.spec_schemas v6`.
+7. One sentence in CHANGELOG.md. With the release: out of `UNRELEASED`, and `python -m tools.check_frozen --record`.
 
 Conversions live in the newer module and reach one step back, so a version module never knows its successors. A
-chain with a gap is refused when this module is imported.
+chain with a gap, or a version without its schema or full document, is refused when this module is imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, TypeAlias
 
 from vmmigrate.errors import LossyDowngradeError, NegotiationError, SpecParseError
@@ -49,16 +54,16 @@ class Chain:
         for position, version in enumerate(versions):
             if (version.up is None or version.down is None) != (position == 0):
                 raise ValueError(f"spec version {version.name} lacks a converter, or has one and nothing before it")
-        self._versions = tuple(versions)
+        self.versions = tuple(versions)
         self._index = {version.name: position for position, version in enumerate(versions)}
         self._index_of_model = {version.model: position for position, version in enumerate(versions)}
-        if not len(self._versions) == len(self._index) == len(self._index_of_model):
+        if not len(self.versions) == len(self._index) == len(self._index_of_model):
             raise ValueError("a spec version stands in the chain twice")
 
     @property
     def names(self) -> tuple[str, ...]:
         """Oldest first."""
-        return tuple(version.name for version in self._versions)
+        return tuple(version.name for version in self.versions)
 
     def version(self, name: str) -> Version:
         """Raises: SpecParseError `unsupported_spec_version`, naming what is accepted."""
@@ -70,15 +75,15 @@ class Chain:
                 code="unsupported_spec_version",
                 details={"path": "", "accepted": list(self.names)},
             )
-        return self._versions[position]
+        return self.versions[position]
 
     def version_of(self, spec: Struct) -> str:
         """The name of the version that the document is of."""
-        return self._versions[self._index_of_model[type(spec)]].name
+        return self.versions[self._index_of_model[type(spec)]].name
 
     def up(self, spec: Struct) -> Any:
         """The same spec in the newest version. Total."""
-        for version in self._versions[self._index_of_model[type(spec)] + 1 :]:
+        for version in self.versions[self._index_of_model[type(spec)] + 1 :]:
             assert version.up is not None, "checked when the chain was made"
             spec = version.up(spec)
         return spec
@@ -90,7 +95,7 @@ class Chain:
         """
         target = self._index[self.version(to).name]
         spec, losses = self.up(spec), list[Loss]()
-        for version in reversed(self._versions[target + 1 :]):
+        for version in reversed(self.versions[target + 1 :]):
             assert version.down is not None, "checked when the chain was made"
             spec, lost = version.down(spec)
             losses += lost
@@ -136,6 +141,17 @@ LATEST = CHAIN.names[-1]
 
 if CHAIN.version(LATEST).model is not latest.InstanceSpec:
     raise ImportError(f"latest.py does not name the types of {LATEST}; allowed chain: {listed(CHAIN.names)}")
+
+
+def missing_files(versions: Iterable[str]) -> list[str]:
+    """What a version has to have beside its module, and does not."""
+    schemas = files(__package__).joinpath("schemas")
+    names = [f"{version}{kind}.json" for version in versions for kind in ("", ".full")]
+    return [name for name in names if not schemas.joinpath(name).is_file()]
+
+
+if _missing := missing_files(CHAIN.names):
+    raise ImportError(f"spec versions lack {listed(_missing)} in schemas/; `python -m tools.spec_schemas` writes them")
 
 
 def version_of(spec: AnySpec) -> str:

@@ -79,14 +79,14 @@ def listed(names: Iterable[str]) -> str:
 # ---- scalars
 
 
-class _Text(Codec):
+class TextCodec(Codec):
     def read(self, node: Json) -> str:
         if type(node) is not str:
             raise mismatch(node, "a string")
         return node
 
 
-class _Bool(Codec):
+class BoolCodec(Codec):
     def read(self, node: Json) -> bool:
         if type(node) is not bool:
             raise mismatch(node, "true or false")
@@ -108,14 +108,14 @@ class Integer(Codec):
         return node
 
 
-class _Key(Codec):
+class KeyCodec(Codec):
     def read(self, node: Json) -> SpecKey:
         if type(node) is not str:
             raise mismatch(node, "a component key (a string)")
         return spec_key(node)
 
 
-class _Uuid(Codec):
+class UuidCodec(Codec):
     def read(self, node: Json) -> Uuid:
         if type(node) is not str:
             raise mismatch(node, "a UUID (a string)")
@@ -129,6 +129,7 @@ class Enumeration(Codec):
     """One of the texts of a StrEnum."""
 
     def __init__(self, members: type[StrEnum]) -> None:
+        self.type = members
         self._members = {member.value: member for member in members}
 
     def read(self, node: Json) -> StrEnum:
@@ -148,21 +149,21 @@ class Bytes(Codec):
 
     def __init__(self, length: int) -> None:
         self._items = ListOf(Integer(255))
-        self._length = length
+        self.length = length
 
     def read(self, node: Json) -> bytes:
         values = self._items.read(node)
-        if len(values) != self._length:
-            raise DecodeError("invalid_value", f"an array of {len(values)}, allowed is one of {self._length} bytes")
+        if len(values) != self.length:
+            raise DecodeError("invalid_value", f"an array of {len(values)}, allowed is one of {self.length} bytes")
         return bytes(values)
 
     def write(self, value: bytes) -> list[int]:
         return list(value)
 
 
-TEXT: Final = _Text()
-BOOL: Final = _Bool()
-KEY: Final = _Key()
+TEXT: Final = TextCodec()
+BOOL: Final = BoolCodec()
+KEY: Final = KeyCodec()
 
 U8 = Annotated[int, Field(ge=0, le=2**8 - 1), Integer(2**8 - 1)]
 U32 = Annotated[int, Field(ge=0, le=2**32 - 1), Integer(2**32 - 1)]
@@ -170,7 +171,7 @@ U64 = Annotated[int, Field(ge=0, le=2**64 - 1), Integer(2**64 - 1)]
 Text = Annotated[str, TEXT]
 Flag = Annotated[bool, BOOL]
 Key = Annotated[SpecKey, KEY]
-UuidText = Annotated[Uuid, _Uuid()]
+UuidText = Annotated[Uuid, UuidCodec()]
 
 
 # ---- containers
@@ -180,20 +181,20 @@ class Nullable(Codec):
     """Null, or a value."""
 
     def __init__(self, item: Codec) -> None:
-        self._item = item
+        self.item = item
 
     def read(self, node: Json) -> Any:
-        return None if node is None else self._item.read(node)
+        return None if node is None else self.item.read(node)
 
     def write(self, value: Any) -> Any:
-        return None if value is None else self._item.write(value)
+        return None if value is None else self.item.write(value)
 
 
 class ListOf(Codec):
     """An array of values, order and duplicates kept; a tuple here."""
 
     def __init__(self, item: Codec) -> None:
-        self._item = item
+        self.item = item
 
     def read(self, node: Json) -> tuple[Any, ...]:
         if type(node) is not list:
@@ -201,14 +202,14 @@ class ListOf(Codec):
         values = []
         for index, child in enumerate(node):
             try:
-                values.append(self._item.read(child))
+                values.append(self.item.read(child))
             except DecodeError as error:
                 error.reversed_path.append(index)
                 raise
         return tuple(values)
 
     def write(self, value: Iterable[Any]) -> list[Any]:
-        return [self._item.write(item) for item in value]
+        return [self.item.write(item) for item in value]
 
 
 class SetOf(ListOf):
@@ -222,7 +223,7 @@ class KeyedMap(Codec):
     """An object keyed by component keys. Keys that come out equal collide: all must be sound, the last one wins."""
 
     def __init__(self, item: Codec) -> None:
-        self._item = item
+        self.item = item
 
     def read(self, node: Json) -> dict[SpecKey, Any]:
         if type(node) is not tuple:
@@ -230,14 +231,14 @@ class KeyedMap(Codec):
         values = {}
         for text, child in node:
             try:
-                values[spec_key(text)] = self._item.read(child)
+                values[spec_key(text)] = self.item.read(child)
             except DecodeError as error:
                 error.reversed_path.append(text)
                 raise
         return in_key_order(values)
 
     def write(self, value: Mapping[SpecKey, Any]) -> dict[str, Any]:
-        return {key: self._item.write(item) for key, item in in_key_order(value).items()}
+        return {key: self.item.write(item) for key, item in in_key_order(value).items()}
 
 
 # ---- structs
@@ -259,17 +260,26 @@ class Table(Codec):
     def read(self, node: Json) -> Struct: ...
 
 
+class TableField:
+    """One field of a struct: its name and codec, and what happens when it is absent."""
+
+    def __init__(self, name: str, codec: Codec, field: Any) -> None:
+        self.name, self.codec, self.default = name, codec, field.default
+        self.is_required = field.is_required()
+        self.is_omitted_by_default = OMIT_DEFAULT in field.metadata
+
+
 class StructCodec(Table):
     """The table of a struct: an object with its fields."""
 
     def __init__(self, model: type[Struct]) -> None:
-        self._model = model
-        self._strict = model.unknown_fields == "reject"
-        fields = [(name, _codec_of(field), field) for name, field in model.model_fields.items()]
-        self.names = tuple(name for name, _, _ in fields)
-        self._readers = [(name, codec.read, field.is_required()) for name, codec, field in fields]
+        self.model = model
+        self.strict = model.unknown_fields == "reject"
+        self.fields = tuple(TableField(name, _codec_of(field), field) for name, field in model.model_fields.items())
+        self.names = tuple(field.name for field in self.fields)
+        self._readers = [(field.name, field.codec.read, field.is_required) for field in self.fields]
         self._writers = [
-            (name, _writer_of(codec), OMIT_DEFAULT in field.metadata, field.default) for name, codec, field in fields
+            (field.name, _writer_of(field.codec), field.is_omitted_by_default, field.default) for field in self.fields
         ]
 
     def read(self, node: Json) -> Struct:
@@ -288,11 +298,11 @@ class StructCodec(Table):
                     raise
             elif required:
                 raise DecodeError("missing_field", f"field '{name}' is missing")
-        if self._strict and len(values) != len(members):
+        if self.strict and len(values) != len(members):
             unknown = next(name for name in members if name not in values)
             allowed = listed(self.names) or "none"
             raise DecodeError("unknown_field", f"unknown field '{unknown[:40]}', allowed: {allowed}", unknown)
-        return self._model(**values)
+        return self.model(**values)
 
     def write(self, value: Struct) -> dict[str, Any]:
         values, written = value.__dict__, {}
@@ -306,7 +316,7 @@ class StructCodec(Table):
         """Fields twice are an error, unknown ones only where unknown fields are."""
         seen = set()
         for name, _ in node:
-            if name in seen and (self._strict or name in self.names):
+            if name in seen and (self.strict or name in self.names):
                 raise DecodeError("duplicate_field", f"field '{name[:40]}' occurs twice", name)
             seen.add(name)
 
@@ -333,13 +343,13 @@ class NewtypeCodec(Table):
     def __init__(self, model: type[Newtype]) -> None:
         ((name, field),) = model.model_fields.items()
         self.names = (name,)
-        self._model, self._inner = model, _codec_of(field)
+        self.model, self.inner = model, _codec_of(field)
 
     def read(self, node: Json) -> Newtype:
-        return self._model(**{self.names[0]: self._inner.read(node)})
+        return self.model(**{self.names[0]: self.inner.read(node)})
 
     def write(self, value: Newtype) -> Any:
-        return self._inner.write(getattr(value, self.names[0]))
+        return self.inner.write(getattr(value, self.names[0]))
 
 
 class Newtype(Struct):
@@ -383,45 +393,45 @@ class Tagged(Codec):
         strict: bool = True,
         name_of: Callable[[type[Struct]], str] = lambda variant: variant.tag,
     ) -> None:
-        self._tag = tag
-        self._content = content
+        self.tag = tag
+        self.content = content
+        self.strict = strict
         self._keys = frozenset({tag, content})
-        self._strict = strict
-        self._name_of = name_of
+        self.name_of = name_of
         self.variants: dict[str, type[Struct]] = {name_of(variant): variant for variant in variants}
 
     def and_also(self, *variants: type[Struct]) -> Tagged:
         """The enum of a newer version: more variants, or newer ones in the place of those of the same name."""
         both = (*self.variants.values(), *variants)
-        return Tagged(self._tag, self._content, *both, strict=self._strict, name_of=self._name_of)
+        return Tagged(self.tag, self.content, *both, strict=self.strict, name_of=self.name_of)
 
     def read(self, node: Json) -> Struct:
         if type(node) is not tuple:
-            raise mismatch(node, f"an object with '{self._tag}' and '{self._content}'")
+            raise mismatch(node, f"an object with '{self.tag}' and '{self.content}'")
         members = dict(node)
-        if len(members) != len(node) or (self._strict and not members.keys() <= self._keys):
+        if len(members) != len(node) or (self.strict and not members.keys() <= self._keys):
             self._refuse_keys(node)
-        if self._tag not in members:
-            raise DecodeError("missing_field", f"field '{self._tag}' is missing")
-        model = self._variant(members[self._tag])
-        if self._content not in members:
+        if self.tag not in members:
+            raise DecodeError("missing_field", f"field '{self.tag}' is missing")
+        model = self._variant(members[self.tag])
+        if self.content not in members:
             return self._without_content(model)
-        if self._content_comes_first(node) and (flaw := find_flaw(members[self._content])):
-            raise DecodeError(flaw.code, flaw.text, self._content)
+        if self._content_comes_first(node) and (flaw := find_flaw(members[self.content])):
+            raise DecodeError(flaw.code, flaw.text, self.content)
         try:
-            return self._with_content(model, members[self._content])
+            return self._with_content(model, members[self.content])
         except DecodeError as error:
-            error.reversed_path.append(self._content)
+            error.reversed_path.append(self.content)
             raise
 
     def write(self, value: Struct) -> dict[str, Any]:
-        name = self._name_of(type(value))
+        name = self.name_of(type(value))
         if not value.table.names:
-            return {self._tag: name}
-        return {self._tag: name, self._content: value.table.write(value)}
+            return {self.tag: name}
+        return {self.tag: name, self.content: value.table.write(value)}
 
     def _content_comes_first(self, node: JsonObject) -> bool:
-        return next(key for key, _ in node if key in (self._tag, self._content)) == self._content
+        return next(key for key, _ in node if key in (self.tag, self.content)) == self.content
 
     def _variant(self, node: Json) -> type[Struct]:
         if type(node) is not str:
@@ -430,27 +440,27 @@ class Tagged(Codec):
             return model
         else:
             error = DecodeError("unknown_variant", f"unknown name '{node[:40]}', allowed: {listed(self.variants)}")
-        error.reversed_path.append(self._tag)
+        error.reversed_path.append(self.tag)
         raise error
 
     def _without_content(self, model: type[Struct]) -> Struct:
         if model.table.names:
-            raise DecodeError("missing_field", f"field '{self._content}' is missing")
+            raise DecodeError("missing_field", f"field '{self.content}' is missing")
         return model()
 
     def _with_content(self, model: type[Struct], node: Json) -> Struct:
         if model.table.names:
             return model.table.read(node)
         if node is not None:
-            raise mismatch(node, f"null, as '{model.tag}' has no '{self._content}'")
+            raise mismatch(node, f"null, as '{model.tag}' has no '{self.content}'")
         return model()
 
     def _refuse_keys(self, node: JsonObject) -> None:
         seen = set()
         for key, _ in node:
-            if key not in (self._tag, self._content):
-                if self._strict:
-                    allowed = listed((self._tag, self._content))
+            if key not in (self.tag, self.content):
+                if self.strict:
+                    allowed = listed((self.tag, self.content))
                     raise DecodeError("unknown_field", f"unknown field '{key[:40]}', allowed: {allowed}", key)
             elif key in seen:
                 raise DecodeError("duplicate_field", f"field '{key}' occurs twice", key)
@@ -461,15 +471,15 @@ class Sound(Codec):
     """A value without any flaw, ignored values included."""
 
     def __init__(self, item: Codec) -> None:
-        self._item = item
+        self.item = item
 
     def read(self, node: Json) -> Any:
         if flaw := find_flaw(node):
             raise DecodeError(flaw.code, flaw.text)
-        return self._item.read(node)
+        return self.item.read(node)
 
     def write(self, value: Any) -> Any:
-        return self._item.write(value)
+        return self.item.write(value)
 
 
 class InternallyTagged(Codec):

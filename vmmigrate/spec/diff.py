@@ -48,8 +48,8 @@ def _components(key: SpecKey, before: Struct | None, after: Struct | None) -> It
 
 
 def _fields(where: str, before: Struct | None, after: Struct | None) -> Iterator[DiffRow]:
-    old = before.table.write(before) if before is not None else {}
-    new = after.table.write(after) if after is not None else {}
+    old = _flat(before.table.write(before)) if before is not None else {}
+    new = _flat(after.table.write(after)) if after is not None else {}
     for name in dict.fromkeys([*old, *new]):
         if old.get(name, ABSENT) == new.get(name, ABSENT):
             continue
@@ -59,6 +59,14 @@ def _fields(where: str, before: Struct | None, after: Struct | None) -> Iterator
             yield DiffRow(where, name, f"{len(old[name])} characters", f"{len(new[name])} characters, changed")
         else:
             yield DiffRow(where, name, _shown(old, name), _shown(new, name))
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of fields by dotted names; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _shown(fields: dict[str, Any], name: str) -> str:

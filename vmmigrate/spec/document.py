@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 from vmmigrate import jsontext
-from vmmigrate.errors import SpecParseError
 from vmmigrate.jsontext import Json
 from vmmigrate.spec.chain import CHAIN, AnySpec
-from vmmigrate.spec.decode import Codec, DecodeError, Struct
+from vmmigrate.spec.decode import Struct
+from vmmigrate.spec.reading import read_text, read_tree
+
+__all__ = ["from_tree", "parse", "read_text", "read_tree", "serialise", "to_json"]
 
 
 def parse(version: str, text: str | bytes) -> AnySpec:
@@ -40,28 +42,3 @@ def to_json(spec: Struct) -> dict[str, Any]:
     """The document as plain dicts, lists and scalars, in the order in which it is written."""
     written: dict[str, Any] = spec.table.write(spec)
     return written
-
-
-def read_text(codec: Codec, text: str | bytes) -> Any:
-    """A value of any type that has a table, from its own text."""
-    tree = jsontext.parse(text)
-    try:
-        return codec.read(tree)
-    except DecodeError as error:
-        at = jsontext.locate(text, error.path)
-        raise _refusal(error, f" (line {at.line}, column {at.column})", line=at.line, column=at.column) from None
-
-
-def read_tree(codec: Codec, tree: Json) -> Any:
-    """A value of any type that has a table, from a tree."""
-    try:
-        return codec.read(tree)
-    except DecodeError as error:
-        raise _refusal(error, "") from None
-
-
-def _refusal(error: DecodeError, where: str, **place: int) -> SpecParseError:
-    path = jsontext.pointer(error.path)
-    return SpecParseError(
-        f"{path or 'document'}: {error.text}{where}", code=error.code, details={"path": path, **place}
-    )

@@ -36,7 +36,7 @@ from vmmigrate.spec.decode import (
     UuidText,
     mismatch,
 )
-from vmmigrate.spec.document import read_text
+from vmmigrate.spec.reading import read_text
 
 
 class _SinglePrecision(Codec):
