@@ -519,7 +519,8 @@ async def test_a_failing_application_harms_one_request_only_and_is_one_event(
         replies = [await http.get(daemon.url) for _ in range(2)]
 
     assert [reply.status_code for reply in replies] == [500, 500]
-    assert "http.request_failed" in capfd.readouterr().out
+    captured = capfd.readouterr()
+    assert "http.request_failed" in captured.out + captured.err
 
 
 async def test_serving_is_quiet_and_leaves_the_logging_of_others_alone(

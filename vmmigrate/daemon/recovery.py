@@ -228,6 +228,8 @@ class _Recovery:
             log.error("recovery.in_doubt_without_guest", instance=step.instance, migration=step.migration)
             await self._host.journal.commit(rules.Lose(step.instance, "the guest process is gone"))
         else:
+            with contextlib.suppress(HypervisorError):
+                await guest.note_record(self._host.journal.newest_record)
             self._host.watch(self._host.instances[step.instance], guest)
         destination = Identity(self._host.identity.trust_domain, Role.HOST, outgoing.ticket.destination_host)
         migration = self._migrations.make_source(step.migration, step.instance, destination, guest, MigrationOptions())

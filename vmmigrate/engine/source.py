@@ -435,8 +435,9 @@ async def _hand_off(channel: Channel, migration: SourceMigration) -> None:
         )
         laps.lap("journal_released")
         try:
-            await channel.send_bytes(handoff)
+            # Told before a byte leaves: were this journal lost and an older copy put back, the guest would know.
             await _note_record(migration)
+            await channel.send_bytes(handoff)
             answer = await channel.expect(m.Running, m.Refused, m.Returned, deadline_s=migration.deadlines.verdict_s)
         except VmMigrateError as exc:
             raise HandoffInDoubt(f"no clear answer to the handoff: {exc.text}", details={"cause": exc.code}) from exc

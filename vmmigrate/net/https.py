@@ -80,8 +80,10 @@ class HttpsLimits:
     max_body_bytes: int = 4 * 1024 * 1024
     max_host_body_bytes: int = 4096
     body_deadline_s: float = 30.0
-    max_connections: int = 128
-    max_connections_per_peer: int = 64
+    max_connections: int = 256
+    # As many as in all: connections of short-lived command lines linger until they idle out, and one operator's script
+    # must not lock that operator out. Sites with several operators can set less.
+    max_connections_per_peer: int = 256
     handshake_deadline_s: float = 5.0
     keep_alive_s: float = 15.0
     send_deadline_s: float = 10.0
