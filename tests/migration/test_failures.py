@@ -181,7 +181,7 @@ async def test_a_migration_is_cancelled_from_either_side(tmp_path: Path, side: s
     """Both records say cancelled; the guest runs where it was; the destination keeps nothing."""
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
-        instance = await create(alpha, program=stress(16, 4000))
+        instance = await create(alpha, program=stress(16, 40_000))
         await wait_filled(alpha, instance, 16 * 256)
         migration = await begin(alpha, beta, instance, downtime_ms=1, max_rounds=1000)
         await _wait_rounds(fleet, migration, 2)
@@ -200,7 +200,7 @@ async def test_a_migration_is_cancelled_from_either_side(tmp_path: Path, side: s
 async def test_a_guest_that_will_not_converge_stays_where_it_is(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
-        instance = await create(alpha, program=stress(16, 4000))
+        instance = await create(alpha, program=stress(16, 40_000))
         await wait_filled(alpha, instance, 16 * 256)
 
         gave_up = await migrate(alpha, beta, instance, downtime_ms=1, max_rounds=3)
@@ -214,7 +214,7 @@ async def test_a_guest_that_will_not_converge_stays_where_it_is(tmp_path: Path) 
 async def test_a_migration_that_takes_too_long_ends_as_timed_out(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
-        instance = await create(alpha, program=stress(16, 4000))
+        instance = await create(alpha, program=stress(16, 40_000))
         await wait_filled(alpha, instance, 16 * 256)
 
         record = await migrate(alpha, beta, instance, timeout_s=0.01)
@@ -227,7 +227,7 @@ async def test_what_an_operator_may_not_do_to_a_migrating_guest_is_refused(tmp_p
     """Stop, delete, pause and a second migration: 409 with a code; the migration goes on."""
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
-        instance = await create(alpha, program=stress(16, 4000))
+        instance = await create(alpha, program=stress(16, 40_000))
         await wait_filled(alpha, instance, 16 * 256)
         migration = await begin(alpha, beta, instance, downtime_ms=1, max_rounds=1000)
         await _wait_rounds(fleet, migration, 1)
@@ -323,7 +323,7 @@ async def test_a_restarted_source_adopts_its_guest_and_can_migrate_it(tmp_path: 
     """The daemon goes while rounds are under way; the guest never stops; the next daemon takes it over."""
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
-        instance = await create(alpha, program=stress(16, 4000))
+        instance = await create(alpha, program=stress(16, 40_000))
         await wait_filled(alpha, instance, 16 * 256)
         migration = await begin(alpha, beta, instance, downtime_ms=1, max_rounds=1000)
         await _wait_rounds(fleet, migration, 1)
@@ -343,7 +343,7 @@ async def test_a_restarted_source_adopts_its_guest_and_can_migrate_it(tmp_path: 
 async def test_a_restarted_destination_keeps_nothing_of_what_was_half_built(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
-        instance = await create(alpha, program=stress(16, 4000))
+        instance = await create(alpha, program=stress(16, 40_000))
         await wait_filled(alpha, instance, 16 * 256)
         migration = await begin(alpha, beta, instance, downtime_ms=1, max_rounds=1000)
         await _wait_rounds(fleet, migration, 1)

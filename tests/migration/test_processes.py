@@ -33,7 +33,7 @@ async def test_the_source_goes_on_when_the_destination_daemon_is_killed_in_pre_c
     """Its guest never stops, and then it moves to a third host. The killed host keeps nothing once it is back."""
     async with open_site(tmp_path, "alpha", "beta", "gamma") as site:
         alpha, beta, gamma = [await site.start(name) for name in ("alpha", "beta", "gamma")]
-        instance = await create(alpha, program=stress(16, 4000))
+        instance = await create(alpha, program=stress(16, 40_000))
         await _filled(alpha, instance, 16 * 256)
         migration = await begin(alpha, beta, instance, downtime_ms=1, max_rounds=1000)
         await _rounds(alpha, migration, 2)
@@ -58,7 +58,7 @@ async def test_a_killed_source_daemon_takes_its_running_guest_over_again(tmp_pat
     """SIGKILL in pre-copy: the guest runs on without a daemon; the next one adopts it and migrates it."""
     async with open_site(tmp_path, "alpha", "beta") as site:
         alpha, beta = await site.start("alpha"), await site.start("beta")
-        instance = await create(alpha, program=stress(16, 4000))
+        instance = await create(alpha, program=stress(16, 40_000))
         await _filled(alpha, instance, 16 * 256)
         pid = (await alpha.instance(instance))["guest"]["pid"]
         migration = await begin(alpha, beta, instance, downtime_ms=1, max_rounds=1000)
