@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import trio
 
@@ -29,6 +29,7 @@ from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsFiles
 from vmmigrate.wire.negotiate import Abilities
 
+CRUCIBLE: Final = "7d1a3f7e-0000-4000-8000-000000000001"
 TRUST_DOMAIN = "test.example"
 DEADLINE_S = 20.0
 
@@ -174,6 +175,27 @@ async def _run(
         stopped.set()
 
 
+def crucible_backend(generation: int, target: str = "127.0.0.1:3810") -> dict[str, object]:
+    """A Crucible backend of one region, under *generation*."""
+    options = {"id": CRUCIBLE, "target": [target], "lossy": False, "read_only": False}
+    region = {
+        "type": "region",
+        "block_size": 512,
+        "blocks_per_extent": 8,
+        "extent_count": 4,
+        "opts": options,
+        "gen": generation,
+    }
+    volume = {
+        "type": "volume",
+        "id": CRUCIBLE,
+        "block_size": 512,
+        "sub_volumes": [region],
+        "read_only_parent": None,
+    }
+    return {"request_json": json.dumps(volume), "readonly": False}
+
+
 def _write_config(
     root: Path, directory: Path, name: str, allow: str, limits: str, tls: str, api_port: int, compat: str
 ) -> Path:
@@ -194,6 +216,7 @@ key = "{root}/pki/{name}-key.pem"
 state = "state"
 runtime = "{root}/run-{name}"
 [allow]
+hosts = ["127.0.0.1", "fd00:1122:3344::/48"]
 interfaces = ["vnic*", "opte*"]
 features = ["failure-injection"]
 {allow}

@@ -16,6 +16,7 @@ from tests.migration.fleet import (
     begin,
     check,
     create,
+    crucible_backend,
     migrate,
     open_fleet,
     spec_v3,
@@ -122,12 +123,13 @@ async def test_a_device_that_cannot_migrate_is_refused_before_anything_moves(tmp
 
 
 async def test_a_destination_refuses_what_it_may_not_open_and_names_it_all(tmp_path: Path) -> None:
-    """Paths and interfaces of a peer's spec are not trusted; the refusal stands with the same code on both sides."""
+    """Paths, hosts and interfaces of a peer's spec are not trusted; both sides name the same code."""
     disk = tmp_path / "disks" / "a.raw"
     disk.parent.mkdir()
     disk.write_bytes(bytes(4096))
     slot = {"bus": 0, "device": 4, "function": 0}
     nic_slot = {"bus": 0, "device": 8, "function": 0}
+    boot_slot = {"bus": 0, "device": 5, "function": 0}
     backend = {"path": str(disk), "readonly": False, "block_size": 512, "workers": None}
     interface = "5e0f6c1e-0000-4000-8000-000000000001"
     spec = spec_v3(
@@ -138,8 +140,16 @@ async def test_a_destination_refuses_what_it_may_not_open_and_names_it_all(tmp_p
             "component": {"backend_id": "wire", "interface_id": interface, "pci_path": nic_slot},
         },
         wire={"type": "virtio_network_backend", "component": {"vnic_name": "vnic0"}},
+        boot={
+            "type": "nvme_disk",
+            "component": {"backend_id": "volume", "pci_path": boot_slot, "serial_number": [0] * 20},
+        },
+        volume={"type": "crucible_storage_backend", "component": crucible_backend(1)},
     )
-    elsewhere = {"wire": {"component": "VirtioNetworkBackend", "spec": {"vnic_name": "eth0"}}}
+    elsewhere = {
+        "wire": {"component": "VirtioNetworkBackend", "spec": {"vnic_name": "eth0"}},
+        "volume": {"component": "CrucibleStorageBackend", "spec": crucible_backend(2, "203.0.113.9:3810")},
+    }
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha = await fleet.start("alpha", allow=f'paths = ["{disk.parent}"]')
         beta = await fleet.start("beta")
@@ -150,7 +160,8 @@ async def test_a_destination_refuses_what_it_may_not_open_and_names_it_all(tmp_p
 
         assert (source["outcome"], destination["outcome"]) == ("refused", "refused")
         assert source["error"]["code"] == destination["error"]["code"] == "host_refuses"
-        assert len(source["error"]["details"]["problems"]) == 2
+        problems = source["error"]["details"]["problems"]
+        assert [problem.partition(":")[0] for problem in problems] == ["file", "volume", "wire"]
         assert source["ram"]["sent_bytes"] == 0
         assert (await alpha.instance(instance))["state"] == "running"
 

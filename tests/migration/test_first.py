@@ -11,6 +11,7 @@ import pytest
 from tests.migration.fleet import (
     check,
     create,
+    crucible_backend,
     migrate,
     open_fleet,
     spec_v3,
@@ -20,8 +21,6 @@ from tests.migration.fleet import (
     witnesses,
 )
 from vmmigrate.memory import GIB, HIGH_RAM_GPA, MIB, PAGE_SIZE
-
-CRUCIBLE = "7d1a3f7e-0000-4000-8000-000000000001"
 
 
 async def test_a_guest_that_rewrites_its_memory_moves_in_rounds_and_is_as_it_was(tmp_path: Path) -> None:
@@ -102,14 +101,14 @@ async def test_backends_are_replaced_and_disks_console_and_blobs_arrive(tmp_path
     """The spec at the destination names its own volume generation and interface; contents and history are there."""
     spec = spec_v3(
         disk={"type": "virtio_disk", "component": {"backend_id": "volume", "pci_path": _slot(4)}},
-        volume={"type": "crucible_storage_backend", "component": _crucible(1)},
+        volume={"type": "crucible_storage_backend", "component": crucible_backend(1)},
         scratch={"type": "nvme_disk", "component": _nvme()},
         memory={"type": "blob_storage_backend", "component": {"base64": _base64(b"contents" * 512), "readonly": False}},
         net={"type": "virtio_nic", "component": _nic()},
         wire={"type": "virtio_network_backend", "component": {"vnic_name": "vnic0"}},
     )
     replacements = {
-        "volume": {"component": "CrucibleStorageBackend", "spec": _crucible(2)},
+        "volume": {"component": "CrucibleStorageBackend", "spec": crucible_backend(2)},
         "wire": {"component": "VirtioNetworkBackend", "spec": {"vnic_name": "vnic7"}},
     }
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
@@ -180,23 +179,3 @@ def _nic() -> dict[str, object]:
 
 def _base64(raw: bytes) -> str:
     return base64.b64encode(raw).decode()
-
-
-def _crucible(generation: int) -> dict[str, object]:
-    options = {"id": CRUCIBLE, "target": ["127.0.0.1:3810"], "lossy": False, "read_only": False}
-    region = {
-        "type": "region",
-        "block_size": 512,
-        "blocks_per_extent": 8,
-        "extent_count": 4,
-        "opts": options,
-        "gen": generation,
-    }
-    volume = {
-        "type": "volume",
-        "id": CRUCIBLE,
-        "block_size": 512,
-        "sub_volumes": [region],
-        "read_only_parent": None,
-    }
-    return {"request_json": json.dumps(volume), "readonly": False}

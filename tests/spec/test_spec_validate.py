@@ -211,6 +211,24 @@ def test_empty_lists_allow_nothing_and_full_ones_all() -> None:
     assert refusals(spec, AllowLists(("/disks", "/images", "/share"), hosts, ("vnic*",)), str) == []
 
 
+@pytest.mark.parametrize(
+    ("listed", "host", "allowed"),
+    [
+        ("fd00:1122:3344::/48", "fd00:1122:3344:104::16", True), ("fd00:1122:3344::/48", "fd00:1122:3345::1", False),
+        ("10.0.0.0/8", "10.255.0.1", True), ("10.0.0.0/8", "::1", False), ("::1", "0:0:0:0:0:0:0:1", True),
+        ("10.0.0.0/8", "images.example", False), ("images.example", "images.example", True),
+        ("images.example", "evil.images.example", False),
+    ],
+)  # fmt: skip
+def test_a_host_is_allowed_by_its_name_its_address_or_its_network(listed: str, host: str, allowed: bool) -> None:
+    url = f"https://[{host}]/x" if ":" in host else f"https://{host}/x"
+    volume = {"type": "url", "id": UUID, "block_size": 512, "url": url}
+
+    found = refusals(spec_of(c=crucible(volume)), AllowLists(hosts=(listed,)), str)
+
+    assert (found == []) is allowed
+
+
 def test_an_unreadable_volume_request_is_refused_by_any_list() -> None:
     (refusal,) = refusals(spec_of(x=crucible("none")), AllowLists(("/",), ("",), ("*",)), str)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,17 +81,29 @@ class Directories(_Section):
     witness: FilePath | None = None
 
 
+def _known_host(text: str) -> str:
+    """Refuses a network with bits behind its mask: it would be taken for a name, which nothing has."""
+    if "/" in text:
+        ip_network(text)
+    elif not _is_host(text):
+        raise ValueError(f"{text!r} is no host name, no address, and no network such as 'fd00:1122:3344::/48'")
+    return text
+
+
 class Allow(_Section):
     """What guests of this host may open. Specs of peers are not trusted: everything is refused that is not here.
 
     Attributes:
-        paths: Directories under which file backends may lie, after resolving links.
+        paths: Directories under which file backends and the files of volume requests may lie, after resolving links.
+        hosts: Crucible downstairs and the hosts of URLs: addresses, networks (`fd00:1122:3344::/48`), or names as the
+            specs spell them.
         interfaces: Names or patterns (`vnic*`) of network interfaces.
         features: Build features of specs: `failure-injection`.
         volumes: Where Crucible volumes lie on this host, by volume id (the embedded machine's model of Crucible).
     """
 
     paths: list[FilePath] = Field(default_factory=list)
+    hosts: list[Annotated[str, AfterValidator(_known_host)]] = Field(default_factory=list)
     interfaces: list[str] = Field(default_factory=list)
     features: list[str] = Field(default_factory=list)
     volumes: dict[str, FilePath] = Field(default_factory=dict)

@@ -176,7 +176,7 @@ class Host:
         problems = self.hypervisor.problems(plan)
         if problems:
             raise SpecBuildError("; ".join(problems), code="program_invalid")
-        check_admissible(plan, self.config.allow, needed_bytes)
+        check_admissible(document.spec, self.config.allow, needed_bytes)
         if plan.layout.size_bytes > self.config.limits.max_ram_bytes:
             raise SpecBuildError(
                 f"{plan.layout.size_bytes} bytes of RAM, this host takes {self.config.limits.max_ram_bytes}",

@@ -31,6 +31,7 @@ state = "{host}/state"
 runtime = "{host}/run"
 
 [allow]
+hosts = ["127.0.0.1"]
 interfaces = ["{vnics}"]
 
 [allow.volumes]

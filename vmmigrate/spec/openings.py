@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from ipaddress import ip_address, ip_network
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
@@ -44,7 +45,7 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class AllowLists:
-    """Directories (resolved), host names or addresses, and patterns of interface names."""
+    """Directories (resolved), host names, addresses or networks (`fd00:1122:3344::/48`), and patterns of interfaces."""
 
     path_roots: Sequence[str] = ()
     hosts: Sequence[str] = ()
@@ -124,11 +125,19 @@ def _reason_against(opening: Opening, allowed: AllowLists, resolve: Callable[[st
     value = opening.value
     if opening.what == PATH and not _is_under(value, allowed.path_roots, resolve):
         return f"path {value} is not under an allowed directory ({_listed(allowed.path_roots)})"
-    if opening.what == HOST and (not value or value not in allowed.hosts):
+    if opening.what == HOST and not any(_is_host_of(value, name) for name in allowed.hosts):
         return f"host {value or 'of a URL without one'} is not allowed ({_listed(allowed.hosts)})"
     if opening.what == INTERFACE and not any(fnmatchcase(value, pattern) for pattern in allowed.interfaces):
         return f"interface {value} is not allowed ({_listed(allowed.interfaces)})"
     return value if opening.what == VOLUME else None
+
+
+def _is_host_of(host: str, allowed: str) -> bool:
+    """Whether *host* is the allowed name or address, or an address in the allowed network."""
+    try:
+        return ip_address(host) in ip_network(allowed)
+    except ValueError:  # one of them is a name
+        return host != "" and host == allowed
 
 
 def _is_under(path: str, roots: Sequence[str], resolve: Callable[[str], str]) -> bool:
