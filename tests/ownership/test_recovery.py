@@ -8,8 +8,8 @@ import pytest
 
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
-from vmmigrate.ownership.records import Epoch
-from vmmigrate.ownership.recovery import RecoveryStep, SeenGuest, Step, plan
+from vmmigrate.ownership.records import NO_EPOCH, Epoch
+from vmmigrate.ownership.recovery import RecoveryStep, SeenGuest, Step, Stray, is_half_built, plan
 from vmmigrate.ownership.state import Holding
 
 from .world import VM, Host, boot, hand_over, present, reach_ready, release, spawned, ticket
@@ -289,3 +289,39 @@ def test_a_plan_names_the_migration_it_is_about() -> None:
 
 def test_a_reservation_without_a_process_is_refused_too() -> None:
     assert steps(coming_back("reserved"), None) == [Step.REFUSE]
+
+
+NEVER_RAN = SeenGuest(running=False, epoch=NO_EPOCH, last_record=0)
+
+
+@pytest.mark.parametrize(
+    ("history", "migration"), [("stopped", None), ("removed", None), ("reserved", "m1"), ("abandoned", "m1")]
+)
+def test_a_process_that_died_with_its_daemon_before_its_record_is_nobodys(history: str, migration: str | None) -> None:
+    assert is_half_built(HISTORIES[history]().state, Stray(VM, migration, NEVER_RAN))
+
+
+@pytest.mark.parametrize("history", list(HISTORIES))
+@pytest.mark.parametrize("migration", [None, "m1", "m9"])
+@pytest.mark.parametrize(
+    "seen",
+    [SeenGuest(True, N, 1), SeenGuest(False, N, 0), SeenGuest(False, NO_EPOCH, 1), SeenGuest(True, NO_EPOCH, 0)],
+)
+def test_a_process_that_ran_or_was_told_a_record_is_never_taken_for_half_built(
+    history: str, migration: str | None, seen: SeenGuest
+) -> None:
+    """It outlived the record that the journal should have of it: the journal may be the thing that was lost."""
+    assert not is_half_built(HISTORIES[history]().state, Stray(VM, migration, seen))
+
+
+@pytest.mark.parametrize("history", ["prepared", "acquired", "started", "returned", "refused", "coming_back"])
+def test_a_process_of_a_migration_that_got_further_is_not_half_built(history: str) -> None:
+    migration = {"coming_back": "m0"}.get(history, "m1")
+
+    assert not is_half_built(HISTORIES[history]().state, Stray(VM, migration, NEVER_RAN))
+
+
+def test_a_process_of_an_instance_or_a_migration_that_the_journal_does_not_know_is_left_alone() -> None:
+    assert not is_half_built(Host("a").state, Stray(VM, None, NEVER_RAN))
+    assert not is_half_built(boot().state, Stray("other", None, NEVER_RAN))
+    assert not is_half_built(boot().state, Stray(VM, "m9", NEVER_RAN))

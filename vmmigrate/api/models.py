@@ -77,6 +77,30 @@ class Cancel(Request):
     reason: Annotated[str, Field(max_length=1024)] = "cancelled by an operator"
 
 
+EpochPair = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 63)]], Field(min_length=2, max_length=2)]
+
+
+class Resolve(Request):
+    """An operator's word on a migration in doubt.
+
+    Attributes:
+        fencing_proof: For the source: how it is known that no other host runs the guest, or will. Kept in the journal.
+        released: For the destination: the epoch that the source's journal says it gave away.
+    """
+
+    winner: Literal["source", "destination"]
+    fencing_proof: Annotated[str, Field(max_length=4096)] = ""
+    released: EpochPair | None = None
+
+
+class Superseded(Request):
+    """Another host, which had given away *since*, has the instance under *epoch* by an operator's word."""
+
+    instance_id: InstanceId
+    epoch: EpochPair
+    since: EpochPair
+
+
 class ConsoleInput(Request):
     port: Annotated[str, Field(max_length=256)]
     text: Annotated[str, Field(max_length=65_536)]

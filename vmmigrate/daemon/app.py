@@ -15,9 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 import vmmigrate
 from vmmigrate import jsontext
-from vmmigrate.api.models import Cancel, ConsoleInput, CreateInstance, MigrateIn, MigrateOut
+from vmmigrate.api.models import Cancel, ConsoleInput, CreateInstance, MigrateIn, MigrateOut, Resolve, Superseded
 from vmmigrate.daemon.host import Host
 from vmmigrate.daemon.migrations import Migrations
+from vmmigrate.daemon.resolving import Resolving
 from vmmigrate.errors import (
     HypervisorError,
     IdentityError,
@@ -60,13 +61,14 @@ def allowed(call: Call) -> Any:
     return Depends(check)
 
 
-def make_app(host: Host, migrations: Migrations) -> FastAPI:
+def make_app(host: Host, migrations: Migrations, resolving: Resolving) -> FastAPI:
     """The application of one daemon."""
     app = FastAPI(title="vmmigrate host daemon", version=vmmigrate.__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(VmMigrateError, _reply_with_error(host))
     _add_instances(app, host)
     _add_consoles(app, host)
     _add_migrations(app, host, migrations)
+    _add_resolving(app, resolving)
     return app
 
 
@@ -193,6 +195,20 @@ def _add_migrations(app: FastAPI, host: Host, migrations: Migrations) -> None:
     @app.post("/v1/migrations/{migration_id}/side:settle")
     async def settle_side(migration_id: str, asking: Annotated[Identity, allowed(Call.SIDE_SETTLE)]) -> dict[str, Any]:
         return await migrations.settle_side(migration_id, asking)
+
+
+def _add_resolving(app: FastAPI, resolving: Resolving) -> None:
+    @app.post("/v1/migrations/{migration_id}:resolve")
+    async def resolve_migration(
+        migration_id: str, request: Request, asking: Annotated[Identity, allowed(Call.RESOLVE)]
+    ) -> dict[str, Any]:
+        return await resolving.resolve(migration_id, _checked(Resolve, _json(await request.body())), asking)
+
+    @app.post("/v1/migrations/{migration_id}/side:supersede")
+    async def supersede_instance(
+        migration_id: str, request: Request, asking: Annotated[Identity, allowed(Call.SUPERSEDE)]
+    ) -> dict[str, Any]:
+        return await resolving.supersede(migration_id, _checked(Superseded, _json(await request.body())), asking)
 
 
 def _check_peer(host: Host, migration_id: str, asking: Identity) -> None:

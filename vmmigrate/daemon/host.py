@@ -21,7 +21,7 @@ from vmmigrate.daemon.documents import DocumentStore, InstanceDocument
 from vmmigrate.engine.incoming import Arrival
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.errors import HypervisorError, JournalError, RequestError, SpecBuildError, UsageError, VmMigrateError
-from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp, Hypervisor
+from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp, Hypervisor
 from vmmigrate.hypervisor.plan import guest_plan, layout_of
 from vmmigrate.net.identity import Identity
 from vmmigrate.ownership import records as r
@@ -37,14 +37,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class Instance:
-    """One instance on this host: what it is, and its guest while there is one.
-
-    `indeterminate` says why nothing may be decided about it: an operator has to look.
-    """
+    """One instance on this host: what it is, and its guest while there is one."""
 
     document: InstanceDocument
     guest: Guest | None = None
-    indeterminate: str = ""
     lock: trio.Lock = field(default_factory=trio.Lock)
 
 
@@ -55,6 +51,8 @@ class Host:
         identity: Who this host is: from its certificate.
         instances: By id; also those that live elsewhere by now.
         arrivals: By migration id: guests under construction, which are not ours yet.
+        indeterminate: By instance id, why nothing may be decided about it: an operator has to look.
+        strays: By instance id: processes that the journal does not explain, and named ones that were not adopted.
         nursery: Owns the watch over every guest, and every migration.
         fatal: Set when the journal is poisoned: the daemon must exit, its restart reads the journal anew.
     """
@@ -77,6 +75,8 @@ class Host:
         self.nursery = nursery
         self.instances = instances
         self.arrivals: dict[str, Instance] = {}
+        self.indeterminate: dict[str, str] = {}
+        self.strays: dict[str, list[GuestProcess]] = {}
         self._creating = trio.Lock()
         self.failure: JournalError | None = None
         self.fatal = trio.Event()
@@ -84,16 +84,19 @@ class Host:
     # -- what is known ---------------------------------------------------------------------------------------------
 
     def instance(self, instance_id: str) -> Instance:
-        """Raises: RequestError `unknown_instance`."""
+        """Raises: RequestError `unknown_instance`, or `indeterminate` when only a process of it is known."""
         known = self.journal.state.instances.get(instance_id)
         instance = self.instances.get(instance_id)
         if known is None or known.holding is Holding.REMOVED or instance is None:
+            self.check_determinate(instance_id)
             listed = ", ".join(sorted(self.instances)) or "none"
             raise RequestError(f"no instance {instance_id} on this host (there are: {listed})", code="unknown_instance")
         return instance
 
     async def describe(self, instance_id: str) -> dict[str, Any]:
         """The instance as the API shows it."""
+        if instance_id in self.indeterminate and instance_id not in self.instances:
+            return self._describe_unknown(instance_id)
         instance = self.instance(instance_id)
         known = self.journal.state.instances[instance_id]
         shown: dict[str, Any] = {
@@ -110,10 +113,23 @@ class Host:
         shown["state"] = await self._state(instance, known.holding, shown)
         return shown
 
+    def _describe_unknown(self, instance_id: str) -> dict[str, Any]:
+        """An instance that the journal does not know, and of which there is a process."""
+        return {
+            "id": instance_id,
+            "host": self.identity.name,
+            "holding": None,
+            "migration_id": None,
+            "guest": None,
+            "state": "indeterminate",
+            "reason": self.indeterminate[instance_id],
+        }
+
     async def _state(self, instance: Instance, holding: Holding, shown: dict[str, Any]) -> str:
         guest = instance.guest
-        if instance.indeterminate:
-            shown["reason"] = instance.indeterminate
+        reason = self.indeterminate.get(instance.document.instance_id)
+        if reason is not None:
+            shown["reason"] = reason
             return "indeterminate"
         if guest is not None:
             try:
@@ -140,17 +156,24 @@ class Host:
     async def list(self) -> list[dict[str, Any]]:
         """All instances; one that is deleted meanwhile is left out."""
         shown = []
-        for instance_id in sorted(self.instances):
+        for instance_id in sorted(self.instances.keys() | self.indeterminate.keys()):
             with contextlib.suppress(RequestError):
                 shown.append(await self.describe(instance_id))
         return shown
 
     def guest(self, instance_id: str) -> Guest:
-        """Raises: RequestError `unknown_instance`, `not_running`."""
+        """Raises: RequestError `unknown_instance`, `indeterminate`, `not_running`."""
+        self.check_determinate(instance_id)
         guest = self.instance(instance_id).guest
         if guest is None:
             raise RequestError(f"instance {instance_id} has no guest on this host; start it", code="not_running")
         return guest
+
+    def check_determinate(self, instance_id: str) -> None:
+        """Raises: RequestError `indeterminate`: whatever is asked, an operator has to look first."""
+        reason = self.indeterminate.get(instance_id)
+        if reason is not None:
+            raise RequestError(f"instance {instance_id}: {reason}", code="indeterminate")
 
     # -- what it takes to build a guest ----------------------------------------------------------------------------
 
@@ -244,6 +267,7 @@ class Host:
             blobs=_decode_blobs(request.blobs),
         )
         self.check(document, 0)
+        self.check_determinate(request.id)
         async with self._creating:
             # Decided before it is written, so that a refusal leaves the document of the existing instance alone.
             rules.decide(self.journal.state, rules.Create(request.id))
@@ -306,6 +330,7 @@ class Host:
         """Stop and forget the instance. Raises: RequestError, OwnershipRefusal."""
         instance = self.instance(instance_id)
         async with instance.lock:
+            self.check_determinate(instance_id)
             await self.journal.commit(rules.Remove(instance_id))
             await self._end_guest(instance)
             del self.instances[instance_id]
@@ -319,10 +344,37 @@ class Host:
 
     def _check_free(self, instance_id: str) -> None:
         """The rules for stopping are those for every change by an operator: ours, not in doubt, not migrating."""
-        instance = self.instance(instance_id)
-        if instance.indeterminate:
-            raise RequestError(f"instance {instance_id}: {instance.indeterminate}", code="indeterminate")
+        self.check_determinate(instance_id)
+        self.instance(instance_id)
         rules.decide(self.journal.state, rules.Stop(instance_id))
+
+    # -- given to another host by an operator ----------------------------------------------------------------------
+
+    async def silence(self, instance_id: str, epoch: Epoch) -> None:
+        """Pause every guest process of the instance on this host, close its disks, and have it refuse epochs below
+        *epoch*; also those under construction, and those that nothing explains.
+
+        Raises: HypervisorError: one of them lives and did not obey.
+        """
+        record = self.journal.newest_record
+        instance = self.instances.get(instance_id)
+        arriving = [a.guest for a in self.arrivals.values() if a.document.instance_id == instance_id]
+        for guest in [instance.guest if instance else None, *arriving]:
+            if guest is not None:
+                await _silence(guest, epoch, record)
+        for process in self.strays.get(instance_id, ()):
+            await self.hypervisor.silence(process, epoch, record)
+
+    async def give_way(self, instance_id: str) -> None:
+        """Let a superseded guest go. Whoever superseded it ran it before it told anybody. Nothing when it was not."""
+        limit = self.journal.state.superseded.get(instance_id)
+        if limit is None or instance_id in self.indeterminate:
+            return
+        decision = await self.journal.commit(rules.Yield(instance_id, limit))
+        instance = self.instances.get(instance_id)
+        if decision.records and instance is not None:
+            log.warning("instance.yielded", instance=instance_id, to_epoch=list(limit))
+            await self._end_guest(instance)
 
     # -- arrivals --------------------------------------------------------------------------------------------------
 
@@ -383,6 +435,14 @@ class Host:
             "features": list(self.config.allow.features),
             "journal_id": self.journal.id,
         }
+
+
+async def _silence(guest: Guest, epoch: Epoch, record: int) -> None:
+    try:
+        await guest.silence(epoch, record)
+    except HypervisorError as exc:
+        if exc.code != "guest_lost":
+            raise
 
 
 class JournalFailures:

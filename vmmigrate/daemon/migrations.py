@@ -45,7 +45,7 @@ from vmmigrate.net.tls import ServerCredentials, TlsStream, close_tls, connect_t
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
-from vmmigrate.ownership.state import Holding, Incoming, Outgoing
+from vmmigrate.ownership.state import OPEN_INCOMING, Holding, Incoming, Outgoing
 from vmmigrate.spec import amend
 from vmmigrate.wire import phases
 from vmmigrate.wire.messages import Offer, Resume
@@ -67,7 +67,7 @@ class Migrations:
         sources: Outgoing migrations whose guest this daemon holds; arriving: incoming ones under way.
         channels: The control channel of each migration that is under way.
         abilities: What this host offers and chooses among.
-        cancelled: Migrations that an operator has called off, and why.
+        cancelled: Migrations that were called off, and why.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Migrations:
         self.past: dict[str, dict[str, Any]] = {}
         self.sources: dict[str, SourceMigration] = {}
         self.channels: dict[str, Channel] = {}
-        self.cancelled: dict[str, MigrationCancelled] = {}
+        self.cancelled: dict[str, VmMigrateError] = {}
         self.arriving: dict[str, DestinationMigration] = {}
         limits = host.config.limits
         self.abilities = abilities or _abilities(host)
@@ -121,6 +121,8 @@ class Migrations:
             "incoming": incoming.stage.value if incoming else None,
             "outgoing": outgoing.stage.value if outgoing else None,
             "verdict": rules.verdict(state, migration_id).value,
+            "released_epoch": list(outgoing.released.epoch) if outgoing and outgoing.released else None,
+            "notified_epoch": list(outgoing.notified) if outgoing and outgoing.notified else None,
         }
 
     # -- out: the source -------------------------------------------------------------------------------------------
@@ -200,9 +202,9 @@ class Migrations:
         await trio.sleep(max(expires_at_s - time.time(), 0))
         with self.host.journal_failures():
             error = RequestError("no destination came before the ticket expired", code="ticket_expired")
-            await self._end_awaiting(migration_id, error)
+            await self.end_awaiting(migration_id, error)
 
-    async def _end_awaiting(self, migration_id: str, error: VmMigrateError) -> bool:
+    async def end_awaiting(self, migration_id: str, error: VmMigrateError) -> bool:
         """End a migration whose peer has not come. False: it has come meanwhile, or is over."""
         awaiting = frozenset({Outgoing.AWAITING_PEER})
         decision = await self.host.journal.commit(rules.EndAttempt(migration_id, error.code, awaiting))
@@ -215,7 +217,7 @@ class Migrations:
         record = self.records.get(migration_id)
         if record is not None:
             record.finish(outcome_of(error, None), error)
-            self.host.nursery.start_soon(self._save, record)
+            self.host.nursery.start_soon(self.save, record)
 
     async def serve_source(self, stream: TlsStream, peer: Identity) -> None:
         """One connection on the migration port: a destination that comes for its guest."""
@@ -273,13 +275,13 @@ class Migrations:
             await migrate_out(channel, offer, migration)
         finally:
             self.channels.pop(migration.migration_id, None)
-            self._let_go(migration)
+            await self._let_go(migration)
             if migration.record.outcome is not Outcome.UNKNOWN:
                 self.sources.pop(migration.migration_id, None)
         if migration.record.outcome is Outcome.UNKNOWN:
             self.host.nursery.start_soon(self.settle_source, migration)
         else:
-            await self._save(migration.record)
+            await self.save(migration.record)
 
     def _enter(self, migration_id: str, channel: Channel) -> None:
         """The channel of a migration is open; one that was cancelled on the way here ends at once."""
@@ -287,15 +289,17 @@ class Migrations:
         if migration_id in self.cancelled:
             channel.fail(self.cancelled[migration_id])
 
-    def _let_go(self, migration: SourceMigration) -> None:
-        """Forget the guest once the journal says that it is not ours any more."""
+    async def _let_go(self, migration: SourceMigration) -> None:
+        """Forget the guest once the journal says that it is not ours any more; a superseded one goes now."""
         known = self.host.journal.state.instances[migration.instance_id]
         instance = self.host.instances.get(migration.instance_id)
         if instance is not None and known.holding in {Holding.ELSEWHERE, Holding.LOST}:
             instance.guest = None
+        with trio.CancelScope(shield=True):
+            await self.host.give_way(migration.instance_id)
 
     async def settle_source(self, migration: SourceMigration) -> None:
-        """Ask until there is evidence; the record then tells the outcome."""
+        """Ask until there is evidence, or an operator resolves it; the record then tells the outcome."""
         self.sources[migration.migration_id] = migration
         with self.host.journal_failures():
             try:
@@ -304,9 +308,9 @@ class Migrations:
                 migration.record.finish(Outcome.UNKNOWN, doubt)
                 log.error("migration.indeterminate", migration=migration.migration_id, text=doubt.text)
                 return
-            self._let_go(migration)
+            await self._let_go(migration)
             self.sources.pop(migration.migration_id, None)
-            await self._save(migration.record)
+            await self.save(migration.record)
 
     async def _ask_destination(self, destination: Identity, url: str, migration_id: str) -> SettleAnswer:
         """Raises: VmMigrateError: anything but a well formed answer in time; none of it is evidence."""
@@ -329,6 +333,7 @@ class Migrations:
         Raises: RequestError, OwnershipRefusal, UsageError, SpecError; nothing was reserved.
         """
         host = self.host
+        host.check_determinate(request.instance_id)
         address = _source_address(request.source_address)
         replacements = amend.parse_replacements(request.replacements)
         source = Identity(host.identity.trust_domain, Role.HOST, request.source_host)
@@ -383,7 +388,8 @@ class Migrations:
                 await self._fail_unconnected(migration, error)
             del self.arriving[migration.migration_id]
             await self.host.finish_arrival(migration.migration_id, migration.instance_id)
-            await self._save(migration.record)
+            migration.over.set()
+            await self.save(migration.record)
 
     @asynccontextmanager
     async def _connected(self, migration: DestinationMigration, address: tuple[str, int]) -> Any:
@@ -412,6 +418,7 @@ class Migrations:
         Raises: IdentityError `forbidden`, OwnershipRefusal `indeterminate`.
         """
         host = asking.name if asking.role is Role.HOST else None
+        self._check_can_decide(migration_id)
         decision = await self.host.journal.commit(
             rules.Settle(migration_id, host, await self._arriving_guest_runs(migration_id))
         )
@@ -426,6 +433,16 @@ class Migrations:
             "journal_id": self.host.journal.id,
             "code": incoming.code if incoming else None,
         }
+
+    def _check_can_decide(self, migration_id: str) -> None:
+        """What was decided stays decided; but a host that cannot explain its processes decides nothing new.
+
+        Raises: OwnershipRefusal `indeterminate`.
+        """
+        incoming = self.host.journal.state.incoming.get(migration_id)
+        reason = self.host.indeterminate.get(incoming.instance) if incoming else None
+        if incoming is not None and incoming.stage in OPEN_INCOMING and reason is not None:
+            raise OwnershipRefusal(f"instance {incoming.instance}: {reason}", code="indeterminate")
 
     async def _arriving_guest_runs(self, migration_id: str) -> bool:
         incoming = self.host.journal.state.incoming.get(migration_id)
@@ -449,12 +466,16 @@ class Migrations:
         if incoming is not None and incoming.stage in {Incoming.ACQUIRED, Incoming.STARTED}:
             raise RequestError(f"migration {migration_id}: this host has taken the guest over", code="verdict_given")
         error = MigrationCancelled(reason)
-        if outgoing is not None and await self._end_awaiting(migration_id, error):
+        if outgoing is not None and await self.end_awaiting(migration_id, error):
             return self.describe(migration_id)
         record = self.records.get(migration_id)
         if record is None or record.outcome is not None:
             raise RequestError(f"migration {migration_id} is over", code="migration_over")
-        # A migration that is about to open its channel finds the word there.
+        self.abort(migration_id, error)
+        return self.describe(migration_id)
+
+    def abort(self, migration_id: str, error: VmMigrateError) -> None:
+        """End a migration that is under way; the engine undoes it. One about to open its channel finds the word."""
         self.cancelled[migration_id] = error
         if migration_id in self.channels:
             self.channels[migration_id].fail(error)
@@ -462,9 +483,8 @@ class Migrations:
             self.sources[migration_id].resumption.abort(error)
         if migration_id in self.arriving:
             self.arriving[migration_id].cancelled = error
-        return self.describe(migration_id)
 
-    async def _save(self, record: MigrationRecord) -> None:
+    async def save(self, record: MigrationRecord) -> None:
         """Keep the record beyond this daemon. What is lost with it is a report, not a fact: the journal has those."""
         try:
             await trio.to_thread.run_sync(self.host.documents.save_record, record.migration_id, record.as_dict())

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
 
-from vmmigrate.daemon.documents import InstanceDocument
+from vmmigrate.daemon.adoption import find_guests, process_of
 from vmmigrate.daemon.host import Host, Instance
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.engine.limits import MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome
-from vmmigrate.errors import HandoffInDoubt, HypervisorError, JournalError, SpecError, VmMigrateError
-from vmmigrate.hypervisor.base import Guest, GuestProcess, GuestStamp, RunState
+from vmmigrate.errors import HandoffInDoubt, HypervisorError, JournalError, VmMigrateError
+from vmmigrate.hypervisor.base import Guest, RunState
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.ownership import rules
-from vmmigrate.ownership.records import Epoch, Spawned
-from vmmigrate.ownership.recovery import RecoveryStep, SeenGuest, Step, plan
+from vmmigrate.ownership.records import Epoch
+from vmmigrate.ownership.recovery import RecoveryStep, Step, plan
 from vmmigrate.ownership.state import Holding, Incoming
 from vmmigrate.wire import phases
 
@@ -36,12 +34,12 @@ async def recover(host: Host, migrations: Migrations) -> None:
     _load_documents(host)
     for record in host.documents.load_records():
         migrations.past[record["migration_id"]] = record
-    await _end_leftovers(host)
-    found = await _find_guests(host)
+    found = await find_guests(host)
+    host.strays = dict(found.strays)
     recovery = _Recovery(host, migrations, found.guests)
-    for step in plan(host.journal.state, found.seen, host.journal.newest_record, found.unreachable):
-        log.info("recovery.step", step=step.step.value, instance=step.instance, migration=step.migration)
-        await recovery.take(step)
+    await recovery.take_all(plan(host.journal.state, found.seen, host.journal.newest_record, found.unreachable))
+    for instance_id in list(host.instances):
+        await host.give_way(instance_id)
 
 
 def _load_documents(host: Host) -> None:
@@ -65,87 +63,14 @@ def _load_documents(host: Host) -> None:
             host.instances[document.instance_id] = Instance(document)
 
 
-async def _end_leftovers(host: Host) -> None:
-    """End processes that nobody owns any more; the last daemon may have died just before it did.
-
-    The runtime directory does not outlive the machine's boot, and pids do not either: no socket, no process of ours.
-    """
-    for spawned in host.journal.state.leftovers:
-        if _has_socket(spawned):
-            with contextlib.suppress(HypervisorError):
-                if await host.hypervisor.end_leftover(_process(spawned)):
-                    log.info("recovery.leftover_ended", instance=spawned.instance, pid=spawned.pid)
-
-
-@dataclass
-class _Found:
-    """Guest processes after a restart: those adopted, and why others could not be although they are there."""
-
-    guests: dict[str, Guest] = field(default_factory=dict)
-    seen: dict[str, SeenGuest] = field(default_factory=dict)
-    unreachable: dict[str, str] = field(default_factory=dict)
-
-
-async def _find_guests(host: Host) -> _Found:
-    """Every guest process that the journal names."""
-    state = host.journal.state
-    under_way = {Incoming.RESERVED, Incoming.PREPARED}
-    arriving = [x.guest for x in state.incoming.values() if x.guest and x.stage in under_way]
-    owned = [known.guest for known in state.instances.values() if known.guest]
-    found = _Found()
-    for spawned in [*arriving, *owned]:
-        try:
-            guest = await _adopt(host, spawned)
-            if guest is not None:
-                found.guests[spawned.instance] = guest
-                found.seen[spawned.instance] = await _look_at(guest)
-        except (HypervisorError, SpecError) as exc:
-            log.error("recovery.not_adopted", instance=spawned.instance, code=exc.code, text=exc.text)
-            found.unreachable[spawned.instance] = f"its guest process {spawned.pid} cannot be adopted: {exc.text}"
-    return found
-
-
-async def _adopt(host: Host, spawned: Spawned) -> Guest | None:
-    """The guest of a process, or None when that process is gone. Raises: HypervisorError, SpecError."""
-    document = _document_of(host, spawned)
-    if document is None and spawned.migration is not None:
-        # Died between the record of the process and the document: half built, and nobody's.
-        await host.hypervisor.end_leftover(_process(spawned))
-        return None
-    if document is None:
-        raise HypervisorError("its document is missing", code="no_document")
-    stamp = GuestStamp(spawned.instance, host.identity.name, Epoch(0, 0), spawned.migration)
-    return await host.hypervisor.adopt(stamp, host.plan(document), _process(spawned))
-
-
-def _document_of(host: Host, spawned: Spawned) -> InstanceDocument | None:
-    if spawned.migration is not None:
-        return host.documents.load_arrival(spawned.migration)
-    instance = host.instances.get(spawned.instance)
-    return instance.document if instance else None
-
-
-def _has_socket(spawned: Spawned) -> bool:
-    return Path(spawned.socket).exists()
-
-
-def _process(spawned: Spawned) -> GuestProcess:
-    return GuestProcess(spawned.pid, spawned.start_ticks, Path(spawned.socket))
-
-
-async def _look_at(guest: Guest) -> SeenGuest:
-    status = await guest.status()
-    return SeenGuest(status.run_state is RunState.RUNNING, Epoch(*status.ran_epoch), status.last_record)
-
-
 class _Recovery:
     """Takes one step after the other."""
 
     def __init__(self, host: Host, migrations: Migrations, guests: Mapping[str, Guest]) -> None:
         self._host = host
         self._migrations = migrations
-        self._guests = guests
-        self._failed: set[str] = set()
+        self._guests = dict(guests)
+        self._done: set[str] = set()
         self._steps: Mapping[Step, Callable[[RecoveryStep], Awaitable[None]]] = {
             Step.PAUSE: self._pause,
             Step.KEEP: self._keep,
@@ -161,24 +86,48 @@ class _Recovery:
             Step.INDETERMINATE: self._indeterminate,
         }
 
-    async def take(self, step: RecoveryStep) -> None:
-        """Take one step; an instance on which a step fails is left to an operator."""
-        if step.instance in self._failed:
+    async def take_all(self, steps: Sequence[RecoveryStep]) -> None:
+        """Take the steps in order. An instance on which one fails is left to an operator, unless its guest is gone:
+        that is a fact of its own, and decides what is to be done instead.
+
+        Raises: JournalError.
+        """
+        for step in steps:
+            if step.instance in self._done:
+                continue
+            log.info("recovery.step", step=step.step.value, instance=step.instance, migration=step.migration)
+            try:
+                await self._steps[step.step](step)
+                self._note_record(step)
+            except JournalError:
+                raise
+            except VmMigrateError as exc:
+                self._done.add(step.instance)
+                await self._after_failure(step, exc)
+
+    async def _after_failure(self, step: RecoveryStep, exc: VmMigrateError) -> None:
+        log.error("recovery.step_failed", step=step.step.value, instance=step.instance, code=exc.code, why=exc.text)
+        guest = self._guests.pop(step.instance, None)
+        if exc.code == "guest_lost" and guest is not None:
+            await guest.destroy()
+            without = plan(self._host.journal.state, {}, self._host.journal.newest_record)
+            others = _Recovery(self._host, self._migrations, {})
+            await others.take_all([again for again in without if again.instance == step.instance])
             return
-        try:
-            await self._steps[step.step](step)
-            self._note_record(step)
-        except JournalError:
-            raise
-        except VmMigrateError as exc:
-            log.error("recovery.step_failed", step=step.step.value, instance=step.instance, code=exc.code, why=exc.text)
-            self._failed.add(step.instance)
-            self._mark(step.instance, f"{step.step.value} failed at the restart: {exc.text}")
+        self._mark(step.instance, f"{step.step.value} failed at the restart: {exc.text}")
+        if guest is not None:
+            self._let_be(step.instance, guest)
 
     def _mark(self, instance_id: str, reason: str) -> None:
+        self._host.indeterminate[instance_id] = reason
+
+    def _let_be(self, instance_id: str, guest: Guest) -> None:
+        """Nothing is decided about it: it stays as it is, and can be found to be silenced."""
+        guest.detach()
         instance = self._host.instances.get(instance_id)
         if instance is not None:
-            instance.indeterminate = reason
+            instance.guest = None
+        self._host.strays.setdefault(instance_id, []).append(guest.process)
 
     def _note_record(self, step: RecoveryStep) -> None:
         """A migration that ended with the last daemon has a record all the same."""
@@ -192,7 +141,8 @@ class _Recovery:
         peer = incoming.reserved.source_host if incoming else outgoing.ticket.destination_host if outgoing else ""
         peers = {role.value: own.uri, role.peer.value: Identity(own.trust_domain, Role.HOST, peer).uri}
         record = MigrationRecord(step.migration, step.instance, role, peers, awaiting_peer=False)
-        error = VmMigrateError("the daemon restarted", code=step.reason or "daemon_restarted")
+        code = "guest_lost" if ended is Outcome.GUEST_LOST else step.reason or "daemon_restarted"
+        error = VmMigrateError("the daemon restarted", code=code)
         record.finish(ended, None if ended is Outcome.MOVED else error)
         self._migrations.records[step.migration] = record
 
@@ -278,7 +228,7 @@ class _Recovery:
         if guest is not None:
             guest.detach()
         if spawned is not None:
-            await self._host.hypervisor.end_leftover(_process(spawned))
+            await self._host.hypervisor.end_leftover(process_of(spawned))
         await self._host.journal.commit(rules.Return(step.migration, code))
 
     async def _refuse(self, step: RecoveryStep) -> None:
@@ -302,7 +252,7 @@ class _Recovery:
         self._mark(step.instance, step.reason)
         guest = self._guests.get(step.instance)
         if guest is not None:
-            guest.detach()
+            self._let_be(step.instance, guest)
 
 
 # How a migration ended that a step finished; steps that go on (settle) or have none (keep) are not here.
@@ -312,4 +262,5 @@ _OUTCOMES: Mapping[Step, Outcome] = {
     Step.REFUSE: Outcome.FAILED,
     Step.RETURN: Outcome.FAILED,
     Step.FINISH_START: Outcome.MOVED,
+    Step.LOST: Outcome.GUEST_LOST,
 }

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import structlog
 import trio
+from fastapi import FastAPI
 
 from vmmigrate.daemon.app import make_app
 from vmmigrate.daemon.config import Config
@@ -18,6 +19,7 @@ from vmmigrate.daemon.documents import DocumentStore
 from vmmigrate.daemon.host import Host, Instance
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.daemon.recovery import recover
+from vmmigrate.daemon.resolving import Resolving
 from vmmigrate.engine.journal import AsyncJournal, Journal
 from vmmigrate.errors import JournalError, UsageError, VmMigrateError
 from vmmigrate.hypervisor.base import Hypervisor
@@ -112,9 +114,11 @@ async def _serve(
     ports = {"migration": bound_port(migration_port), "bulk": bound_port(bulk_port)}
     migrations = Migrations(host, door, credentials, ports, "", abilities)
     await recover(host, migrations)
-    api_port = await nursery.start(_serve_api, host, migrations, credentials)
+    resolving = Resolving(host, migrations)
+    api_port = await nursery.start(_serve_api, make_app(host, migrations, resolving), listen.api, credentials)
     advertised = listen.advertise or listen.api[0]
     migrations.api_url = f"https://{f'[{advertised}]' if ':' in advertised else advertised}:{api_port}"
+    nursery.start_soon(resolving.deliver_forever)
     nursery.start_soon(door.serve, bulk_port)
     nursery.start_soon(_serve_protocol, migration_port, credentials, migrations, nursery)
     log.info("daemon.ready", host=host.identity.name, api=migrations.api_url, **ports)
@@ -122,9 +126,9 @@ async def _serve(
 
 
 async def _serve_api(
-    host: Host, migrations: Migrations, credentials: ServerCredentials, task_status: trio.TaskStatus[int]
+    app: FastAPI, address: tuple[str, int], credentials: ServerCredentials, task_status: trio.TaskStatus[int]
 ) -> None:
-    await serve_https(make_app(host, migrations), *host.config.listen.api, credentials, task_status=task_status)
+    await serve_https(app, *address, credentials, task_status=task_status)
 
 
 async def _serve_protocol(

@@ -23,7 +23,7 @@ from vmmigrate.devices import opaque
 from vmmigrate.engine import explain, preamble
 from vmmigrate.engine.agreement import note_negotiated
 from vmmigrate.engine.importing import collect_state, import_state
-from vmmigrate.engine.incoming import Agreed, Arrival, DestinationMigration
+from vmmigrate.engine.incoming import Agreed, Arrival, DestinationMigration, HandedOver
 from vmmigrate.engine.metrics import Outcome, outcome_of
 from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE
 from vmmigrate.engine.ram import hash_ram_in_thread
@@ -131,7 +131,11 @@ async def _up_to_handoff(way: _Way, migration: DestinationMigration) -> RunState
             break
         except TransportError as error:
             agreed = await _resume(way, agreed, arriving, migration, error)
-    handoff = await way.channel.expect(m.Handoff, deadline_s=migration.deadlines.handoff_window_s)
+    try:
+        handoff = await way.channel.expect(m.Handoff, deadline_s=migration.deadlines.handoff_window_s)
+    except HandedOver as word:
+        log.warning("migration.handed_over", migration=migration.migration_id, text=word.text)
+        return received.run_state
     if Epoch(*handoff.epoch) != received.epoch:
         raise RemoteProtocolError(f"handoff of epoch {handoff.epoch}, announced was {tuple(received.epoch)}")
     return RunState(handoff.run_state)

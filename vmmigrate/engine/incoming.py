@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
+import trio
+
 from vmmigrate.engine.abilities import of_this_release
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.engine.limits import Deadlines
@@ -78,6 +80,13 @@ class DestinationMigration:
     guest: Guest | None = None
     skipped: frozenset[tuple[str, str]] = frozenset()
     cancelled: VmMigrateError | None = None
+    over: trio.Event = field(default_factory=trio.Event)
+
+
+class HandedOver(VmMigrateError):  # noqa: N818  (a word, not a fault)
+    """What ends the wait for the handoff when an operator hands the guest over instead."""
+
+    default_code = "handed_over"
 
 
 @dataclass(frozen=True)

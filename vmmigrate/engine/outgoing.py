@@ -263,7 +263,8 @@ def _note_lost(migration: SourceMigration, exc: HypervisorError) -> None:
 
 
 async def settle(migration: SourceMigration) -> None:
-    """Ask the destination until there is evidence. Runs as long as it takes: no timer resolves anything (rule 8).
+    """Ask the destination until there is evidence, or an operator resolves it. Runs as long as it takes: no timer
+    resolves anything (rule 8).
 
     Raises:
         HandoffInDoubt: `indeterminate`: only an operator can resolve it.

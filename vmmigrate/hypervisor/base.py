@@ -14,7 +14,7 @@ Rules that every adapter keeps (the ownership rules rest on them):
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -150,6 +150,14 @@ class GuestStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundGuest:
+    """A guest process that was found by looking for it, and not by a journal: where it is, and what it says it is."""
+
+    process: GuestProcess
+    status: GuestStatus
+
+
+@dataclass(frozen=True, slots=True)
 class SelfCheck:
     """The guest's own verdict on its memory: every page it wrote is as it wrote it last."""
 
@@ -238,6 +246,11 @@ class Guest(Protocol):
 
     async def close_backends(self) -> None:
         """Flush and close; the guest must be paused. Idempotent."""
+
+    async def silence(self, epoch: tuple[int, int], record: int) -> None:
+        """Another host has it under *epoch*: pause, close the backends, and obey nobody who offers less from now on.
+        In one step, so that no `run` comes in between. *record* as in `note_record`. Idempotent.
+        """
 
     async def start_tracking(self) -> None:
         """From now on every write by the guest leaves a mark. Marks start clear."""
@@ -331,6 +344,17 @@ class Hypervisor(Protocol):
         """Take over a guest that outlived its daemon, dirty marks intact; None when that process is gone.
 
         Raises: HypervisorError: a process answers, and it is not that guest.
+        """
+
+    async def find_others(self, known: Collection[Path]) -> Sequence[FoundGuest]:
+        """Every guest process on this host but those at the sockets *known*. They are asked who they are and left as
+        they are; what a dead one left behind is removed. Only before guests are adopted: a guest hears one daemon.
+        """
+
+    async def silence(self, process: GuestProcess, epoch: tuple[int, int], record: int) -> bool:
+        """`Guest.silence` for a guest that is not adopted.
+
+        Returns: False when that process is gone. Raises: HypervisorError: it lives and did not obey.
         """
 
     async def end_leftover(self, process: GuestProcess) -> bool:

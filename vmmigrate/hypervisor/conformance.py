@@ -107,6 +107,20 @@ async def a_lower_epoch_runs_nothing_and_opens_nothing(lab: Lab) -> None:
     await expect_error("stale_epoch", guest.run((2, 5)))
 
 
+async def a_silenced_guest_obeys_nobody_below_that_epoch(lab: Lab) -> None:
+    guest = await _running(lab)
+
+    for _ in range(2):
+        await guest.silence((3, 0), 7)
+
+    await assert_still(guest)
+    status = await guest.status()
+    assert (status.backends_open, status.last_record) == (False, 7)
+    await expect_error("stale_epoch", guest.run((2, 9)))
+    await expect_error("stale_epoch", guest.open_backends((2, 9)))
+    await guest.run((3, 0))
+
+
 async def take_dirty_reports_every_write_once(lab: Lab) -> None:
     guest = await _running(lab)
     await guest.pause()
@@ -270,6 +284,27 @@ async def a_restarted_daemon_adopts_a_running_guest_with_its_marks(lab: Lab) -> 
     assert (await adopted.self_check()).consistent
 
 
+async def a_guest_that_nobody_names_is_found_and_can_be_silenced(lab: Lab) -> None:
+    guest = await _running(lab)
+    hypervisor = await lab.open_host("a")
+    assert await hypervisor.find_others({guest.process.socket_path}) == []
+    guest.detach()
+
+    (found,) = await hypervisor.find_others(())
+    assert (found.process, found.status.stamp) == (guest.process, lab.stamp("a"))
+    assert found.status.run_state is RunState.RUNNING
+    assert await hypervisor.silence(found.process, (3, 0), 7)
+
+    adopted = await lab.adopt(guest)
+    assert adopted is not None
+    await assert_still(adopted)
+    assert (await adopted.status()).last_record == 7
+    await expect_error("stale_epoch", adopted.run((1, 1)))
+    await adopted.destroy()
+    assert not await hypervisor.silence(found.process, (3, 0), 7)
+    assert await hypervisor.find_others(()) == []
+
+
 async def a_process_that_is_gone_is_not_adopted(lab: Lab) -> None:
     guest = await lab.build()
     await guest.destroy()
@@ -316,6 +351,7 @@ CHECKS: Final[Sequence[Check]] = (
     a_built_guest_is_paused_and_its_ram_untouched,
     a_guest_runs_pauses_and_runs_again,
     a_lower_epoch_runs_nothing_and_opens_nothing,
+    a_silenced_guest_obeys_nobody_below_that_epoch,
     take_dirty_reports_every_write_once,
     marks_that_were_put_back_come_again_once,
     tracking_starts_clear_each_time,
@@ -327,6 +363,7 @@ CHECKS: Final[Sequence[Check]] = (
     a_pause_for_handoff_holds_without_its_daemon_and_lets_go_of_the_disks,
     backends_are_open_on_one_host_at_a_time,
     a_restarted_daemon_adopts_a_running_guest_with_its_marks,
+    a_guest_that_nobody_names_is_found_and_can_be_silenced,
     a_process_that_is_gone_is_not_adopted,
     a_process_that_is_another_guest_is_not_adopted,
     a_killed_guest_is_reported_lost,

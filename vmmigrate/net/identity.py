@@ -58,6 +58,8 @@ class Call(Enum):
     MIGRATION_CANCEL = "migration_cancel"
     SIDE = "side"
     SIDE_SETTLE = "side_settle"
+    SUPERSEDE = "supersede"
+    RESOLVE = "resolve"
     MIGRATION_PROTOCOL = "migration_protocol"
     BULK = "bulk"
 
@@ -70,6 +72,7 @@ _COMMANDS: Final = frozenset(
         Call.MIGRATION_READ,
         Call.MIGRATION_CANCEL,
         Call.SIDE,
+        Call.RESOLVE,
     }
 )
 
@@ -78,7 +81,7 @@ _COMMANDS: Final = frozenset(
 ALLOWED: Final[Mapping[Role, frozenset[Call]]] = {
     Role.OPERATOR: _COMMANDS,
     Role.ORCHESTRATOR: _COMMANDS | {Call.SIDE_SETTLE},
-    Role.HOST: frozenset({Call.MIGRATION_PROTOCOL, Call.BULK, Call.SIDE, Call.SIDE_SETTLE}),
+    Role.HOST: frozenset({Call.MIGRATION_PROTOCOL, Call.BULK, Call.SIDE, Call.SIDE_SETTLE, Call.SUPERSEDE}),
 }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from vmmigrate.ownership.records import Epoch
+from vmmigrate.ownership.records import NO_EPOCH, Epoch
 from vmmigrate.ownership.state import Holding, Incoming, IncomingState, InstanceState, Outgoing, Ownership
 
 
@@ -44,11 +44,34 @@ class SeenGuest:
 
 
 @dataclass(frozen=True, slots=True)
+class Stray:
+    """A guest process that carries this host's stamp, and that the journal does not name."""
+
+    instance: str
+    migration: str | None
+    seen: SeenGuest
+
+
+@dataclass(frozen=True, slots=True)
 class RecoveryStep:
     step: Step
     instance: str
     migration: str | None = None
     reason: str = ""
+
+
+def is_half_built(state: Ownership, stray: Stray) -> bool:
+    """Whether the daemon died between the start of a process and its record: it never ran, and nobody owns it.
+
+    Every other stray is one that the journal should explain: the journal may be the thing that was lost.
+    """
+    if stray.seen.running or stray.seen.epoch != NO_EPOCH or stray.seen.last_record:
+        return False
+    if stray.migration is not None:
+        incoming = state.incoming.get(stray.migration)
+        return incoming is not None and incoming.stage in {Incoming.RESERVED, Incoming.ABANDONED}
+    known = state.instances.get(stray.instance)
+    return known is not None and known.holding in {Holding.HELD, Holding.REMOVED}
 
 
 def plan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -72,6 +72,76 @@ def side(
     """
     _show(_get(f"/v1/migrations/{_quoted(migration_id)}/side", url, tls), output)
     return 0
+
+
+@app.command
+def resolve(
+    migration_id: MigrationId,
+    /,
+    *,
+    url: UrlOption,
+    winner: Annotated[
+        Literal["source", "destination"], Parameter(help="The host that shall own the guest; --url is its daemon.")
+    ],
+    fencing_proof: Annotated[
+        str, Parameter(help="How you know that no other host runs the guest, or will. Kept in the journal.")
+    ] = "",
+    from_url: Annotated[
+        str, Parameter(name="--from", help="For the destination: the source's daemon, which says what it released.")
+    ] = "",
+    released: Annotated[
+        str, Parameter(help="For the destination, if the source is gone: TERM.N of `released` in its journal.")
+    ] = "",
+    output: OutputOption = "text",
+    tls: ClientTls = NO_TLS,
+) -> int:
+    """Decide a migration in doubt that nobody answers for any more. Read docs/runbook.md first.
+
+    To the source: only while it is in doubt and holds the paused guest. Fence the destination before (power it off, cut
+    its storage): the source runs the guest at once, and tells the destination until it has acknowledged.
+    To the destination: it takes over as if the handoff had come, unless it has given its verdict already.
+
+    For example:
+
+    vmmigrate migration resolve 7f9c24e5-1b2c-4d3e-8f90-a1b2c3d4e5f6 --winner source --url https://host-a:7441
+    --fencing-proof "host-b is powered off, ticket 4711"
+
+    vmmigrate migration resolve 7f9c24e5-1b2c-4d3e-8f90-a1b2c3d4e5f6 --winner destination --url https://host-b:7441
+    --from https://host-a:7441
+    """
+    from vmmigrate.cli.connect import ask_host
+    from vmmigrate.errors import UsageError
+
+    body: dict[str, Any] = {"winner": winner, "fencing_proof": fencing_proof}
+    if winner == "source" and not fencing_proof.strip():
+        raise UsageError("--fencing-proof: say how you know that no other host runs the guest", code="no_fencing_proof")
+    if winner == "destination":
+        if bool(from_url) == bool(released):
+            raise UsageError("--winner destination needs either --from or --released", code="bad_option")
+        body["released"] = _epoch(released) if released else _released_by(migration_id, from_url, tls)
+    path = f"/v1/migrations/{_quoted(migration_id)}:resolve"
+    _show(ask_host(url, tls, lambda client: client.post(path, body)), output)
+    return 0
+
+
+def _released_by(migration_id: str, url: str, tls: ClientTls) -> list[int]:
+    """The epoch that the source gave away. Raises: RequestError `not_in_doubt`."""
+    from vmmigrate.errors import RequestError
+
+    side = _get(f"/v1/migrations/{_quoted(migration_id)}/side", url, tls)
+    if side["outgoing"] != "released":
+        text = f"the source is not in doubt about {migration_id}: {side['outgoing'] or 'it never left'}"
+        raise RequestError(text, code="not_in_doubt")
+    return [int(number) for number in side["released_epoch"]]
+
+
+def _epoch(text: str) -> list[int]:
+    from vmmigrate.errors import UsageError
+
+    term, dot, n = text.partition(".")
+    if not (dot and term.isdecimal() and n.isdecimal()):
+        raise UsageError(f"--released {text!r}: needed is TERM.N, such as 1.1", code="bad_option")
+    return [int(term), int(n)]
 
 
 def _get(path: str, url: str, tls: ClientTls) -> Any:

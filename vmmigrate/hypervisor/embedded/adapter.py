@@ -7,7 +7,7 @@ own. A build that fails or is cancelled leaves nothing: no process, descriptor, 
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -16,9 +16,17 @@ import trio
 import vmmigrate
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor import kernel
-from vmmigrate.hypervisor.base import Capabilities, Capability, Guest, GuestPlan, GuestProcess, GuestStamp
+from vmmigrate.hypervisor.base import (
+    Capabilities,
+    Capability,
+    FoundGuest,
+    Guest,
+    GuestPlan,
+    GuestProcess,
+    GuestStamp,
+)
 from vmmigrate.hypervisor.dirty import DirtyTracker, KernelTracker, SoftwareTracker, probe_kernel_tracking
-from vmmigrate.hypervisor.embedded import plans, spawn
+from vmmigrate.hypervisor.embedded import finding, plans, spawn
 from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
 from vmmigrate.hypervisor.embedded.programs import program_problems
 from vmmigrate.hypervisor.embedded.rammap import MappedRam
@@ -114,8 +122,7 @@ class EmbeddedHypervisor:
         return guest
 
     async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
-        token = process.socket_path.stem
-        files = spawn.GuestFiles.in_directory(process.socket_path.parent, token, self._witness_dir)
+        files = self._files(process.socket_path)
         watch = await trio.to_thread.run_sync(spawn.find, process.pid, process.start_ticks, limiter=self._threads)
         if watch is None:
             await trio.to_thread.run_sync(files.remove, limiter=self._threads)
@@ -132,10 +139,33 @@ class EmbeddedHypervisor:
             raise
         return guest
 
+    async def find_others(self, known: Collection[Path]) -> Sequence[FoundGuest]:
+        found: list[FoundGuest] = []
+
+        async def look_at(socket: Path) -> None:
+            try:
+                guest = await finding.greet(socket, self._request_deadline_s)
+            except ConnectionRefusedError:
+                await trio.to_thread.run_sync(self._files(socket).remove, limiter=self._threads)
+                return
+            if guest is not None:
+                found.append(guest)
+
+        async with trio.open_nursery() as nursery:
+            for socket in sorted(self.runtime_dir.glob("*.sock")):
+                if socket not in known:
+                    nursery.start_soon(look_at, socket)
+        return found
+
+    async def silence(self, process: GuestProcess, epoch: tuple[int, int], record: int) -> bool:
+        return await finding.silence(process, epoch, record, self._request_deadline_s)
+
     async def end_leftover(self, process: GuestProcess) -> bool:
-        token = process.socket_path.stem
-        files = spawn.GuestFiles.in_directory(process.socket_path.parent, token, self._witness_dir)
+        files = self._files(process.socket_path)
         return await trio.to_thread.run_sync(_end_process, process, files, limiter=self._threads)
+
+    def _files(self, socket: Path) -> spawn.GuestFiles:
+        return spawn.GuestFiles.in_directory(socket.parent, socket.stem, self._witness_dir)
 
     def _guest(self, plan: GuestPlan, watch: spawn.ProcessWatch, files: spawn.GuestFiles) -> EmbeddedGuest:
         process = GuestProcess(watch.pid, kernel.start_ticks_of(watch.pid) or 0, files.socket)

@@ -120,6 +120,10 @@ class Operations:
     def op_note_record(self, number: int) -> None:
         self._machine.last_record = max(self._machine.last_record, number)
 
+    def op_silence(self, epoch: list[int], record: int) -> None:
+        self._machine.silence(_epoch(epoch))
+        self.op_note_record(record)
+
     def op_restamp(self, stamp: Args) -> None:
         self._machine.restamp(plans.stamp_from_map(stamp))
 

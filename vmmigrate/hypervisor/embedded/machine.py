@@ -116,6 +116,12 @@ class Machine:
         self._handoff = migration_id
         self.close_backends()
 
+    def silence(self, epoch: tuple[int, int]) -> None:
+        """Pause and close everything; an epoch below *epoch* is refused from now on."""
+        self.running = False
+        self._epoch_seen = max(self._epoch_seen, epoch)
+        self.close_backends()
+
     def open_backends(self, epoch: tuple[int, int]) -> None:
         """Open all backends or none. Raises: HypervisorError `stale_epoch`, or what a backend says."""
         self._check_epoch(epoch)

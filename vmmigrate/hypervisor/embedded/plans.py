@@ -6,7 +6,16 @@ import hashlib
 from dataclasses import asdict
 from typing import Any
 
-from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestStamp, InjectorPlan, NicPlan, SerialPortPlan
+from vmmigrate.hypervisor.base import (
+    DiskPlan,
+    GuestPlan,
+    GuestStamp,
+    GuestStatus,
+    InjectorPlan,
+    NicPlan,
+    RunState,
+    SerialPortPlan,
+)
 from vmmigrate.memory import RamLayout, Region
 
 
@@ -17,6 +26,19 @@ def stamp_to_map(stamp: GuestStamp) -> dict[str, Any]:
 def stamp_from_map(tree: dict[str, Any]) -> GuestStamp:
     term, n = tree["epoch"]
     return GuestStamp(tree["instance_id"], tree["host_id"], (term, n), tree["migration_id"])
+
+
+def status_from_map(tree: dict[str, Any]) -> GuestStatus:
+    return GuestStatus(
+        stamp=stamp_from_map(tree["stamp"]),
+        run_state=RunState(tree["run_state"]),
+        heartbeats=tree["heartbeats"],
+        last_record=tree["last_record"],
+        ran_epoch=(tree["ran_epoch"][0], tree["ran_epoch"][1]),
+        backends_open=tree["backends_open"],
+        program=tree["program"],
+        handoff=tree["handoff"],
+    )
 
 
 def plan_to_map(plan: GuestPlan) -> dict[str, Any]:

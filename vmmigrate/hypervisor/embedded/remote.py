@@ -24,7 +24,6 @@ from vmmigrate.hypervisor.base import (
     GuestStamp,
     GuestStatus,
     PayloadDescription,
-    RunState,
     SelfCheck,
 )
 from vmmigrate.hypervisor.dirty import DirtyTracker
@@ -97,7 +96,7 @@ class EmbeddedGuest:
     # -- running ---------------------------------------------------------------------------------------------------
 
     async def status(self) -> GuestStatus:
-        return _status(await self.request("status"))
+        return plans.status_from_map(await self.request("status"))
 
     async def run(self, epoch: tuple[int, int]) -> None:
         await self.request("run", epoch=list(epoch))
@@ -116,6 +115,9 @@ class EmbeddedGuest:
 
     async def note_record(self, number: int) -> None:
         await self.request("note_record", number=number)
+
+    async def silence(self, epoch: tuple[int, int], record: int) -> None:
+        await self.request("silence", epoch=list(epoch), record=record)
 
     async def restamp(self, stamp: GuestStamp) -> None:
         await self.request("restamp", stamp=plans.stamp_to_map(stamp))
@@ -312,16 +314,3 @@ class EmbeddedGuest:
 
     async def in_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
-
-
-def _status(tree: Mapping[str, Any]) -> GuestStatus:
-    return GuestStatus(
-        stamp=plans.stamp_from_map(tree["stamp"]),
-        run_state=RunState(tree["run_state"]),
-        heartbeats=tree["heartbeats"],
-        last_record=tree["last_record"],
-        ran_epoch=(tree["ran_epoch"][0], tree["ran_epoch"][1]),
-        backends_open=tree["backends_open"],
-        program=tree["program"],
-        handoff=tree["handoff"],
-    )
