@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import trio
 
+from vmmigrate.api.connecting import ClosingTransport
 from vmmigrate.errors import (
     HypervisorError,
     IdentityError,
@@ -81,9 +82,9 @@ async def open_client(url: str, files: TlsFiles, expected: Identity | None = Non
     if not url.startswith("https://"):
         raise UsageError(f"{url}: not the address of a daemon, needed is https://HOST:PORT", code="bad_url")
     context = client_context(files, expected)
-    limits = httpx2.Limits(max_connections=8)
+    transport = ClosingTransport(context, most=8)
     async with httpx2.AsyncClient(
-        base_url=url, verify=context, timeout=REQUEST_DEADLINE_S, limits=limits, trust_env=False
+        base_url=url, transport=transport, timeout=REQUEST_DEADLINE_S, trust_env=False
     ) as client:
         yield HostClient(url, client)
 
