@@ -13,7 +13,7 @@ COMPILE := $(BIN)/uv pip compile --no-config --quiet --universal --python-versio
 
 export PYTHON VENV
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type contracts check check-long model compat fixtures bench docs lock fmt clean base dev
+.PHONY: help setup demo test lint type contracts check check-long model compat fixtures bench docs lock fmt clean fuzz base dev fuzzers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,9 @@ fixtures: dev ## write golden frames and schemas of the newest versions; release
 bench: base ## run every benchmark; prints ratios measured in one run
 	@set -e; for bench in $(sort $(wildcard bench/*.py)); do echo "== $$bench"; $(BIN)/python "$$bench"; done
 
+fuzz: fuzzers ## fuzz every decoder and the live API (FUZZ_SECONDS=60 for each; ARGS="messages api" for some)
+	@$(BIN)/python -m tools.fuzz $(ARGS)
+
 docs: dev ## redraw the phase diagram in ARCHITECTURE.md
 	@$(BIN)/python -m tools.phase_diagram
 
@@ -67,6 +70,8 @@ docs: dev ## redraw the phase diagram in ARCHITECTURE.md
 lock: dev ## write the lock files anew from pyproject.toml (UPGRADE=1 takes newer releases)
 	@$(COMPILE) --extra test --extra dev --output-file requirements-dev.lock
 	@$(COMPILE) --constraints requirements-dev.lock --output-file requirements.lock
+	@$(COMPILE) --constraints requirements-dev.lock --extra test --extra dev --extra fuzz \
+		--output-file requirements-fuzz.lock
 
 fmt: dev ## format, and repair what ruff can repair
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
@@ -77,3 +82,6 @@ clean: ## remove .venv, caches and build output
 
 base dev:
 	@tools/venv $@
+
+fuzzers:
+	@tools/venv fuzz

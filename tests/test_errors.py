@@ -92,3 +92,17 @@ def test_whose_fault_it_is_can_be_caught_apart_and_together() -> None:
         "LossyDowngradeError",
         "SpecAmendError",
     }
+
+
+@pytest.mark.parametrize("odd", ["a\nb", "a\rb", "\x1b[2Jb", "a\u2028b", "a\ud800b", "a\x00b", "a\x85b"])
+def test_an_error_is_one_line_that_commands_no_terminal(odd: str) -> None:
+    """Names that a peer chose stand in errors, and errors stand in logs and on terminals."""
+    error = VmMigrateError(f"unknown field '{odd}'")
+
+    assert error.text.isprintable()
+    assert str(error) == error.as_dict()["message"] == error.text
+    assert odd not in error.text
+
+
+def test_printable_texts_of_any_language_stay_as_they_are() -> None:
+    assert VmMigrateError("gibt es nicht: 'Gerät', 装置 – ё").text == "gibt es nicht: 'Gerät', 装置 – ё"

@@ -41,13 +41,15 @@ class VmMigrateError(Exception):
 
     Attributes:
         code: Stable identifier, the same on source, destination, API and command line.
-        text: One line: what, where, and what is allowed.
+        text: One line: what, where, and what is allowed. Names that a peer chose may stand in it, so what could end the
+            line, or command a terminal, is escaped.
         details: JSON values for programs; never page contents, keys, tickets or blobs.
     """
 
     default_code: ClassVar[str] = "internal"
 
     def __init__(self, text: str, *, code: str | None = None, details: Mapping[str, Any] | None = None) -> None:
+        text = _one_line(text)
         super().__init__(text)
         self.code = code or self.default_code
         self.text = text
@@ -59,6 +61,12 @@ class VmMigrateError(Exception):
     def as_dict(self) -> dict[str, Any]:
         """The error as it stands in API replies, migration records and refusals."""
         return {"code": self.code, "message": self.text, "details": self.details}
+
+
+def _one_line(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class UsageError(VmMigrateError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import subprocess
 import tomllib
@@ -18,9 +19,10 @@ from tools import check_tree, phase_diagram
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LOCKS = ("requirements.lock", "requirements-dev.lock")
+LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-fuzz.lock")
 TARGETS = (
-    "setup demo test lint type contracts check check-long model compat fixtures bench docs lock fmt clean help".split()  # noqa: SIM905
+    "setup demo test lint type contracts check check-long model compat fixtures bench".split()  # noqa: SIM905
+    + "fuzz docs lock fmt clean help".split()  # noqa: SIM905
 )
 SOURCES = sorted([*(ROOT / "vmmigrate").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "bench").glob("*.py")])
 
@@ -46,15 +48,14 @@ def test_lock_holds_no_address_and_a_hash_for_every_pin(lock: str) -> None:
     assert len(re.findall(r"==\S+[^\n]*\\\n    --hash=sha256:", text)) == sum(map(len, pins(lock).values()))
 
 
-def test_small_lock_is_part_of_the_large_one() -> None:
-    """`make demo` fills .venv from the small one, `make test` later adds to it: nothing may change its version."""
-    small, large = (pins(lock) for lock in LOCKS)
-
-    assert {name: large.get(name) for name in small} == small
+def test_each_smaller_lock_is_part_of_the_larger_one() -> None:
+    """`make demo` fills .venv from the smallest, `make test` and `make fuzz` add: nothing may change its version."""
+    for small, large in itertools.pairwise(map(pins, LOCKS)):
+        assert {name: large.get(name) for name in small} == small
 
 
 @pytest.mark.parametrize(
-    ("lock", "extras"), [("requirements.lock", ()), ("requirements-dev.lock", ("test", "dev"))], ids=LOCKS
+    ("lock", "extras"), list(zip(LOCKS, [(), ("test", "dev"), ("test", "dev", "fuzz")], strict=True)), ids=LOCKS
 )
 def test_lock_satisfies_pyproject(lock: str, extras: tuple[str, ...]) -> None:
     project = PYPROJECT["project"]

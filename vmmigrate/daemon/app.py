@@ -10,8 +10,10 @@ from typing import Annotated, Any, TypeVar
 
 import structlog
 from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
 
 import vmmigrate
 from vmmigrate import jsontext
@@ -65,6 +67,9 @@ def make_app(host: Host, migrations: Migrations, resolving: Resolving) -> FastAP
     """The application of one daemon."""
     app = FastAPI(title="vmmigrate host daemon", version=vmmigrate.__version__, docs_url=None, redoc_url=None)
     app.add_exception_handler(VmMigrateError, _reply_with_error(host))
+    app.add_exception_handler(HTTPException, _reply_to_wrong_route)
+    app.add_exception_handler(RequestValidationError, _reply_to_wrong_parameter)
+    app.add_exception_handler(Exception, _reply_to_defect)
     _add_instances(app, host)
     _add_consoles(app, host)
     _add_migrations(app, host, migrations)
@@ -87,15 +92,59 @@ def _reply_with_error(host: Host) -> Callable[[Request, Any], Awaitable[JSONResp
     return reply
 
 
+async def _reply_to_wrong_route(request: Request, exc: Any) -> JSONResponse:
+    code = {404: "unknown_path", 405: "method_not_allowed"}.get(exc.status_code, "http")
+    error = VmMigrateError(f"{request.method} {request.url.path}: {exc.detail}", code=code)
+    return JSONResponse({"error": error.as_dict()}, exc.status_code, headers=exc.headers)
+
+
+async def _reply_to_wrong_parameter(_: Request, exc: Any) -> JSONResponse:
+    first = exc.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    error = UsageError(f"request: {where}: {first['msg']}", code="bad_request")
+    return JSONResponse({"error": error.as_dict()}, 400)
+
+
+async def _reply_to_defect(request: Request, exc: Exception) -> JSONResponse:
+    """The client learns that it was not its fault; the traceback is for our log alone (`net.https` writes it)."""
+    error = VmMigrateError(f"{request.method} {request.url.path}: a defect of this daemon; its log says more")
+    return JSONResponse({"error": error.as_dict()}, 500)
+
+
+def _takes(model: type[BaseModel], **more: Any) -> dict[str, Any]:
+    """What the API's description says of a body that `checked` reads."""
+    schema = model.model_json_schema()
+    shared = schema.pop("$defs", {})
+    for name, own in schema["properties"].items():
+        for choice in [own, *own.get("anyOf", ()), *own.get("allOf", ())]:
+            if "$ref" in choice:
+                choice.update(shared[choice.pop("$ref").rpartition("/")[2]])
+        schema["properties"][name] = own
+    schema["properties"].update(more)
+    schema["required"] = [*schema.get("required", ()), *more]
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}, "required": True}}
+
+
+_SPEC_PARTS: Mapping[str, Any] = {
+    "spec_version": {"type": "string", "enum": list(chain.CHAIN.names)},
+    "spec": {"type": "object"},
+}
+
+
 def _add_instances(app: FastAPI, host: Host) -> None:
     @app.get("/v1/host", dependencies=[allowed(Call.INSTANCE_READ)])
     async def show_host() -> dict[str, Any]:
         return host.host_facts()
 
-    @app.post("/v1/instances", status_code=201, dependencies=[allowed(Call.INSTANCE_WRITE)])
+    @app.post(
+        "/v1/instances",
+        status_code=201,
+        dependencies=[allowed(Call.INSTANCE_WRITE)],
+        openapi_extra=_takes(CreateInstance, **_SPEC_PARTS),
+    )
     async def create_instance(request: Request) -> dict[str, Any]:
-        body, spec = _spec_request(await request.body())
-        return await host.create(_checked(CreateInstance, body), spec)
+        body, spec = read_spec_request(await request.body())
+        return await host.create(checked(CreateInstance, body), spec)
 
     @app.get("/v1/instances", dependencies=[allowed(Call.INSTANCE_READ)])
     async def list_instances() -> list[dict[str, Any]]:
@@ -144,10 +193,14 @@ def _add_consoles(app: FastAPI, host: Host) -> None:
             "rolling": history.rolling.decode("latin-1"),
         }
 
-    @app.post("/v1/instances/{instance_id}/console", dependencies=[allowed(Call.INSTANCE_WRITE)])
+    @app.post(
+        "/v1/instances/{instance_id}/console",
+        dependencies=[allowed(Call.INSTANCE_WRITE)],
+        openapi_extra=_takes(ConsoleInput),
+    )
     async def type_on_console(instance_id: str, request: Request) -> dict[str, Any]:
         guest = host.guest(instance_id)
-        keys = _checked(ConsoleInput, _json(await request.body()))
+        keys = checked(ConsoleInput, read_json(await request.body()))
         _check_port(guest.plan.serial_ports, keys.port)
         await guest.console_input(keys.port, keys.text.encode())
         return {"port": keys.port}
@@ -166,13 +219,22 @@ def _add_consoles(app: FastAPI, host: Host) -> None:
 
 
 def _add_migrations(app: FastAPI, host: Host, migrations: Migrations) -> None:
-    @app.post("/v1/instances/{instance_id}:migrate-out", dependencies=[allowed(Call.MIGRATE)])
+    @app.post(
+        "/v1/instances/{instance_id}:migrate-out",
+        dependencies=[allowed(Call.MIGRATE)],
+        openapi_extra=_takes(MigrateOut),
+    )
     async def migrate_out(instance_id: str, request: Request) -> dict[str, Any]:
-        return await migrations.migrate_out(instance_id, _checked(MigrateOut, _json(await request.body())))
+        return await migrations.migrate_out(instance_id, checked(MigrateOut, read_json(await request.body())))
 
-    @app.post("/v1/migrations:migrate-in", status_code=202, dependencies=[allowed(Call.MIGRATE)])
+    @app.post(
+        "/v1/migrations:migrate-in",
+        status_code=202,
+        dependencies=[allowed(Call.MIGRATE)],
+        openapi_extra=_takes(MigrateIn),
+    )
     async def migrate_in(request: Request) -> dict[str, Any]:
-        return await migrations.migrate_in(_checked(MigrateIn, _json(await request.body())))
+        return await migrations.migrate_in(checked(MigrateIn, read_json(await request.body())))
 
     @app.get("/v1/migrations", dependencies=[allowed(Call.MIGRATION_READ)])
     async def list_migrations() -> list[dict[str, Any]]:
@@ -182,9 +244,13 @@ def _add_migrations(app: FastAPI, host: Host, migrations: Migrations) -> None:
     async def show_migration(migration_id: str) -> dict[str, Any]:
         return migrations.describe(migration_id)
 
-    @app.post("/v1/migrations/{migration_id}:cancel", dependencies=[allowed(Call.MIGRATION_CANCEL)])
+    @app.post(
+        "/v1/migrations/{migration_id}:cancel",
+        dependencies=[allowed(Call.MIGRATION_CANCEL)],
+        openapi_extra=_takes(Cancel),
+    )
     async def cancel_migration(migration_id: str, request: Request) -> dict[str, Any]:
-        wanted = _checked(Cancel, _json(await request.body() or b"{}"))
+        wanted = checked(Cancel, read_json(await request.body() or b"{}"))
         return await migrations.cancel(migration_id, wanted.reason)
 
     @app.get("/v1/migrations/{migration_id}/side")
@@ -198,17 +264,17 @@ def _add_migrations(app: FastAPI, host: Host, migrations: Migrations) -> None:
 
 
 def _add_resolving(app: FastAPI, resolving: Resolving) -> None:
-    @app.post("/v1/migrations/{migration_id}:resolve")
+    @app.post("/v1/migrations/{migration_id}:resolve", openapi_extra=_takes(Resolve))
     async def resolve_migration(
         migration_id: str, request: Request, asking: Annotated[Identity, allowed(Call.RESOLVE)]
     ) -> dict[str, Any]:
-        return await resolving.resolve(migration_id, _checked(Resolve, _json(await request.body())), asking)
+        return await resolving.resolve(migration_id, checked(Resolve, read_json(await request.body())), asking)
 
-    @app.post("/v1/migrations/{migration_id}/side:supersede")
+    @app.post("/v1/migrations/{migration_id}/side:supersede", openapi_extra=_takes(Superseded))
     async def supersede_instance(
         migration_id: str, request: Request, asking: Annotated[Identity, allowed(Call.SUPERSEDE)]
     ) -> dict[str, Any]:
-        return await resolving.supersede(migration_id, _checked(Superseded, _json(await request.body())), asking)
+        return await resolving.supersede(migration_id, checked(Superseded, read_json(await request.body())), asking)
 
 
 def _check_peer(host: Host, migration_id: str, asking: Identity) -> None:
@@ -232,12 +298,12 @@ def _check_port(ports: Any, wanted: str) -> None:
         raise RequestError(f"no serial port {wanted!r} (there are: {listed})", code="unknown_port")
 
 
-def _json(body: bytes) -> Any:
+def read_json(body: bytes) -> Any:
     """The body as plain values, read strictly: no duplicate keys, no NaN."""
     return _plain(jsontext.parse(body))
 
 
-def _spec_request(body: bytes) -> tuple[Any, chain.AnySpec]:
+def read_spec_request(body: bytes) -> tuple[Any, chain.AnySpec]:
     """The request without its spec, and the spec, which its own strict decoder reads from the same text.
 
     Raises: SpecParseError, UsageError.
@@ -253,7 +319,7 @@ def _spec_request(body: bytes) -> tuple[Any, chain.AnySpec]:
     return plain, spec
 
 
-def _checked(model: type[M], body: Any) -> M:
+def checked(model: type[M], body: Any) -> M:
     """Raises: UsageError `bad_request`: one line with the first field that is wrong."""
     try:
         return model.model_validate(body)

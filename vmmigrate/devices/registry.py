@@ -25,11 +25,14 @@ from vmmigrate.devices import block, chipset, firmware, kinds, pci, serial, vcpu
 from vmmigrate.devices.fields import Struct
 from vmmigrate.devices.payload import MAX_PAYLOAD_BYTES, DevicePayload
 from vmmigrate.errors import PayloadError
+from vmmigrate.packed import check_shape
 
 Conversion = Callable[[Any], Any]
 Check = Callable[[Any], Iterable[str]]
 SMALL_BODY_BYTES = 256 << 10
 LARGE_BODY_BYTES = 8 << 20
+# Arrays nest, so a body of some KiB could ask for gigabytes; no device has more values than this.
+MAX_OBJECTS = 1 << 16
 
 
 def _nothing_to_check(_: Any) -> Iterable[str]:
@@ -266,7 +269,8 @@ def decode(payload: DevicePayload) -> Any:
 
 def _unpacked(payload: DevicePayload) -> Any:
     try:
-        return msgpack.unpackb(payload.body)  # its limits follow from the length of the body, which is capped
+        check_shape(payload.body, MAX_OBJECTS)
+        return msgpack.unpackb(payload.body)
     except (ValueError, msgpack.UnpackException) as exc:
         name, kind, version = payload.instance_name, payload.kind, payload.version
         raise _error(name, kind, version, "payload_body", "the body is not one MessagePack map") from exc

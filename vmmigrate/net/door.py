@@ -220,7 +220,7 @@ class BulkDoor:
             check_allowed(identity, Call.BULK)
             with map_tls_errors(f"bulk hello of {identity}", late="hello_timeout"):
                 raw = _receive_exactly(tls, HELLO.size, deadline)
-            hello, claimed = _parse_hello(raw)
+            hello, claimed = parse_hello(raw)
             appointment = trio.from_thread.run_sync(self._check, visitor, hello, claimed, identity)
             with map_tls_errors(f"bulk hello of {identity}"):
                 tls.sendall(_proof_of_source(appointment.secrets, hello))
@@ -315,7 +315,8 @@ def _open_one(
         raise
 
 
-def _parse_hello(raw: bytes) -> tuple[StreamHello, bytes]:
+def parse_hello(raw: bytes) -> tuple[StreamHello, bytes]:
+    """What `HELLO.size` bytes claim, and the proof that goes with it. Raises: IdentityError `bulk_bad_hello`."""
     magic, migration, session, stream, direction, reserved, claimed = HELLO.unpack(raw)
     if magic != MAGIC or reserved:
         raise IdentityError("not a bulk hello of this protocol", code="bulk_bad_hello")

@@ -1,6 +1,6 @@
 """Messages to bytes and back: one table. A body is one msgpack map from field name to value.
 
-How many objects a body is made of is counted before one of them is made (`wire.shape`), so that a small body cannot
+How many objects a body is made of is counted before one of them is made (`packed`), so that a small body cannot
 grow to gigabytes. Every field has a check that bounds it; what passes is of the declared type and size. Unknown fields
 are refused, except in `Offer`, which is read before a protocol version is agreed upon: there a newer peer may say more,
 and it is skipped. Nothing is ever unpickled, no extension types, no trailing bytes.
@@ -17,10 +17,10 @@ from typing import Any
 import msgpack
 
 from vmmigrate.errors import LocalProtocolError, RemoteProtocolError
+from vmmigrate.packed import check_shape
 from vmmigrate.wire import messages as m
 from vmmigrate.wire.framing import MAX_BODY_BYTES, Frame
 from vmmigrate.wire.phases import Kind
-from vmmigrate.wire.shape import check_shape
 
 Check = Callable[[Any], Any]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmmigrate.wire.shape import check_shape
+from vmmigrate.packed import check_shape
 
 PLAIN: st.SearchStrategy[Any] = st.recursive(
     st.none()

@@ -1,0 +1,1 @@
+"""Fuzzing: every decoder that reads what somebody else wrote, as functions of bytes. `python -m tools.fuzz --help`."""
