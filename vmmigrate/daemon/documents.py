@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from vmmigrate.engine.journal import sync_directory
 from vmmigrate.errors import StorageError
 from vmmigrate.memory import RamLayout
 from vmmigrate.spec import chain, document
 from vmmigrate.spec.latest import InstanceSpec
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class DocumentStore:
                 raise StorageError(f"{arrival}: {exc.strerror}", code="document_io") from exc
 
     def remove_arrival(self, migration_id: str) -> None:
-        (self._arrivals / f"{migration_id}.json").unlink(missing_ok=True)
+        """Never raises: what cannot be removed is found again by the next start, which tries again."""
+        _remove(self._arrivals / f"{migration_id}.json")
 
     def load_instances(self) -> Iterator[InstanceDocument]:
         """All instance documents. Raises: StorageError `document_damaged`, SpecError."""
@@ -92,7 +97,8 @@ class DocumentStore:
             yield _document(_read(path))
 
     def remove_instance(self, instance_id: str) -> None:
-        (self._instances / f"{instance_id}.json").unlink(missing_ok=True)
+        """As `remove_arrival`: the journal says that there is no such instance any more, and that counts."""
+        _remove(self._instances / f"{instance_id}.json")
 
     def save_record(self, migration_id: str, record: Mapping[str, Any]) -> None:
         """A migration's record as it ended."""
@@ -112,7 +118,15 @@ class DocumentStore:
             os.replace(fresh, path)
             sync_directory(path.parent, self._fsync)
         except OSError as exc:
+            _remove(fresh)
             raise StorageError(f"{path}: {exc.strerror}", code="document_io") from exc
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        log.warning("document.not_removed", file=str(path), why=exc.strerror)
 
 
 def _plain_document(kept: InstanceDocument) -> dict[str, Any]:

@@ -20,7 +20,15 @@ from vmmigrate.daemon.config import Config
 from vmmigrate.daemon.documents import DocumentStore, InstanceDocument
 from vmmigrate.engine.incoming import Arrival
 from vmmigrate.engine.journal import AsyncJournal
-from vmmigrate.errors import HypervisorError, JournalError, RequestError, SpecBuildError, UsageError, VmMigrateError
+from vmmigrate.errors import (
+    HypervisorError,
+    JournalError,
+    RequestError,
+    SpecBuildError,
+    StorageError,
+    UsageError,
+    VmMigrateError,
+)
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp, Hypervisor
 from vmmigrate.hypervisor.plan import guest_plan, layout_of
 from vmmigrate.net.identity import Identity
@@ -413,7 +421,11 @@ class Host:
         if incoming.stage in {Incoming.ABANDONED, Incoming.REFUSED, Incoming.RETURNED}:
             await trio.to_thread.run_sync(self.documents.remove_arrival, migration_id)
         elif incoming.stage is Incoming.STARTED:
-            await trio.to_thread.run_sync(self.documents.promote_arrival, migration_id, instance_id)
+            try:
+                await trio.to_thread.run_sync(self.documents.promote_arrival, migration_id, instance_id)
+            except StorageError as exc:
+                # The guest is ours and runs; the next start of the daemon finds its document where it is.
+                log.error("document.not_promoted", instance=instance_id, code=exc.code, text=exc.text)
             self.instances[instance_id] = arrival
             known = self.journal.state.instances[instance_id]
             guest, arrival.guest = arrival.guest, None

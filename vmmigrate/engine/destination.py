@@ -461,6 +461,7 @@ async def _receive_state(
 
 async def _prepare(channel: Channel, migration: DestinationMigration, page_digest: bytes, ram_digest: bytes) -> None:
     assert migration.arrival is not None
+    await migration.journal.reserve()
     await migration.journal.commit(
         rules.Prepare(migration.migration_id, migration.arrival.epoch, migration.arrival.run_state.value)
     )

@@ -8,6 +8,8 @@ its header and body apart, so that a damaged length is told from a torn tail.
 - At every open the valid prefix is rewritten to a new file and fsynced (file and directory) before any record is acted
   upon: after a failed fsync the page cache may show records that the disk does not have.
 - A failed write or fsync poisons the journal: no further record, no verdict; the daemon must exit.
+- Space for the records to come is allocated ahead (`reserve`), so that a disk that fills up while a guest is being
+  given away refuses the next migration instead of poisoning the journal in the middle of this one.
 
 Source: Rebello et al., "Can applications recover from fsync failures?" (USENIX ATC 2020); ownership rules 3 and 4.
 """
@@ -15,6 +17,8 @@ Source: Rebello et al., "Can applications recover from fsync failures?" (USENIX 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import os
 import secrets
@@ -28,7 +32,7 @@ from typing import Any
 import msgpack
 import trio
 
-from vmmigrate.errors import JournalError
+from vmmigrate.errors import JournalError, StorageError
 from vmmigrate.ownership.records import Record, from_plain, to_plain
 from vmmigrate.ownership.rules import Decision, Event, decide
 from vmmigrate.ownership.state import Ownership, apply
@@ -37,6 +41,10 @@ MAGIC = b"VMMJ"
 FORMAT = 1
 _PREFIX = struct.Struct("!IQII")  # body length, number, crc32 of the body, crc32 of the three before
 MAX_RECORD_BYTES = 1 << 20
+
+# What is kept allocated beyond the end: the records of some hundred migrations that are all about to be decided.
+RESERVE_BYTES = 256 << 10
+_FALLOC_FL_KEEP_SIZE = 1
 
 
 class Journal:
@@ -68,6 +76,10 @@ class Journal:
                 self.state = apply(self.state, record)
             self.newest_record = len(records)
             self._fd = self._rewrite(records)
+            self._size = os.fstat(self._fd).st_size
+            self._allocated = 0
+            with contextlib.suppress(StorageError):  # then nothing that needs it is begun
+                self._reserve()
         except BaseException:
             os.close(self._lock_fd)
             raise
@@ -85,6 +97,17 @@ class Journal:
             if decision.records:
                 self._append(decision.records)
             return decision
+
+    def reserve(self) -> None:
+        """Make sure that there is space for the records of what is about to be decided.
+
+        Raises:
+            StorageError: `journal_full`: there is none; what is written already, and what was reserved, is not touched.
+            JournalError: as `commit`.
+        """
+        with self._lock:
+            self._check_usable()
+            self._reserve()
 
     def close(self) -> None:
         with self._lock:
@@ -114,6 +137,19 @@ class Journal:
         self._poisoned = None
         self.state = state
         self.newest_record += len(records)
+        self._size += len(chunk)
+        if self._allocated - self._size < RESERVE_BYTES // 2:
+            with contextlib.suppress(StorageError):
+                self._reserve()
+
+    def _reserve(self) -> None:
+        try:
+            _allocate(self._fd, self._size, RESERVE_BYTES)
+        except OSError as exc:
+            raise StorageError(
+                f"journal {self.path}: no space for what is to be decided ({exc.strerror})", code="journal_full"
+            ) from exc
+        self._allocated = self._size + RESERVE_BYTES
 
     def _rewrite(self, records: list[Record]) -> int:
         """Write the valid prefix to a new file, make it durable, and put it in the old one's place."""
@@ -152,6 +188,10 @@ class AsyncJournal:
     async def commit(self, event: Event) -> Decision:
         """As `Journal.commit`. Once begun it finishes, also when the caller is cancelled."""
         return await trio.to_thread.run_sync(self._journal.commit, event, limiter=self._limiter)
+
+    async def reserve(self) -> None:
+        """As `Journal.reserve`."""
+        await trio.to_thread.run_sync(self._journal.reserve, limiter=self._limiter)
 
     def close(self) -> None:
         self._journal.close()
@@ -256,6 +296,30 @@ def _take_lock(path: Path) -> int:
         os.close(fd)
         raise JournalError(f"journal {path.stem}: another daemon has it open", code="journal_locked") from None
     return fd
+
+
+def _allocate(fd: int, start: int, length: int) -> None:
+    """Allocate space in a file without making it longer. Raises: OSError.
+
+    Not `os.posix_fallocate`, which makes it longer: zeros behind the last record would be taken for damage. A file
+    system that cannot allocate ahead is asked whether it has as much, which is the most that it can say.
+    """
+    code = errno.EINTR
+    while code == errno.EINTR:
+        if _fallocate(fd, _FALLOC_FL_KEEP_SIZE, start, length) == 0:
+            return
+        code = ctypes.get_errno()
+    if code in {errno.EOPNOTSUPP, errno.ENOSYS}:
+        space = os.fstatvfs(fd)
+        if space.f_bavail * space.f_frsize >= length:
+            return
+        code = errno.ENOSPC
+    raise OSError(code, os.strerror(code))
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 def _write_all(fd: int, chunk: bytes) -> None:

@@ -330,6 +330,7 @@ def _note_round(record: MigrationRecord, finished: Round) -> None:
 
 async def _pause(channel: Channel, migration: SourceMigration, number: int) -> None:
     """Pause so that the guest stays paused even if we die. What it is to be afterwards is durable before."""
+    await migration.journal.reserve()
     migration.is_pausing = True
     await migration.journal.commit(rules.BeginPause(migration.migration_id, migration.desired.value))
     await _note_record(migration)

@@ -239,13 +239,15 @@ class Guest(Protocol):
         """Pause so that the guest stays paused even if this daemon dies now.
 
         Flushes and closes the backends too, so that the destination may open them.
+
+        Raises: HypervisorError `flush_failed`: a disk did not take what the guest wrote; the guest goes on as it was.
         """
 
     async def open_backends(self, epoch: tuple[int, int]) -> None:
         """Open disks for writing and activate NICs. Needs the current epoch; all or nothing."""
 
     async def close_backends(self) -> None:
-        """Flush and close; the guest must be paused. Idempotent."""
+        """Flush and close; the guest must be paused. Idempotent. Raises: HypervisorError `flush_failed`, still open."""
 
     async def silence(self, epoch: tuple[int, int], record: int) -> None:
         """Another host has it under *epoch*: pause, close the backends, and obey nobody who offers less from now on.

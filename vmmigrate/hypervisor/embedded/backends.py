@@ -6,7 +6,6 @@ the file (it belongs to the open file, so a killed guest process lets go of it),
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 from collections.abc import Mapping
@@ -34,8 +33,11 @@ class Backend(Protocol):
     def open(self) -> None:
         """Raises: HypervisorError; the backend is then closed."""
 
+    def flush(self) -> None:
+        """What was written is on stable storage. Raises: HypervisorError `flush_failed`, and from then on always."""
+
     def close(self) -> None:
-        """Everything written is on its way to stable storage, and another host may open it. Idempotent."""
+        """Another host may open it. Does not flush. Idempotent."""
 
     def read(self, offset: int, size_bytes: int) -> bytes: ...
 
@@ -43,7 +45,11 @@ class Backend(Protocol):
 
 
 class FileBackend:
-    """A file or block device, locked while it is open: exclusively for writing, shared for reading."""
+    """A file or block device, locked while it is open: exclusively for writing, shared for reading.
+
+    A flush that failed once fails for good: the kernel tells of a lost write only once, and a later flush that succeeds
+    says nothing about it.
+    """
 
     def __init__(self, name: str, path: Path, *, readonly: bool) -> None:
         self.name, self.readonly, self.path = name, readonly, path
@@ -51,6 +57,7 @@ class FileBackend:
         self.size_bytes = 0
         self._fd = -1
         self._written = False
+        self._lost: str | None = None
 
     def open(self) -> None:
         if self.is_open:
@@ -67,14 +74,20 @@ class FileBackend:
             raise self._error("backend_busy", f"{self.path} is open for writing elsewhere ({exc.strerror})") from exc
         self.is_open = True
 
+    def flush(self) -> None:
+        if self._lost is None and self._written:
+            try:
+                os.fdatasync(self._fd)
+            except OSError as exc:
+                self._lost = exc.strerror
+            self._written = False
+        if self._lost is not None:
+            raise self._error("flush_failed", f"{self.path} did not take what was written to it ({self._lost})")
+
     def close(self) -> None:
         if self.is_open:
             self.is_open = False
-            with contextlib.suppress(OSError):  # the lock must go; what the disk did not take, the next reader sees
-                if self._written:
-                    os.fdatasync(self._fd)
             os.close(self._fd)
-            self._written = False
 
     def read(self, offset: int, size_bytes: int) -> bytes:
         return os.pread(self._fd, size_bytes, offset)
@@ -101,6 +114,8 @@ class BlobBackend:
 
     def open(self) -> None:
         self.is_open = True
+
+    def flush(self) -> None: ...
 
     def close(self) -> None:
         self.is_open = False
@@ -149,6 +164,10 @@ class CrucibleBackend:
                 record.write_text(f"{self.generation}\n")
         except (OSError, ValueError) as exc:
             raise HypervisorError(f"backend {self.name}: {record}: {exc}", code="backend_unavailable") from exc
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
         self.is_open = False

@@ -111,7 +111,11 @@ class Machine:
         self.running = False
 
     def pause_for_handoff(self, migration_id: str) -> None:
-        """Pause, and let go of disks and NICs so that another host may open them."""
+        """Pause, and let go of disks and NICs so that another host may open them.
+
+        Raises: HypervisorError `flush_failed`: the guest goes on; another host would not find what it wrote.
+        """
+        self._flush_backends()  # a single thread: the guest writes nothing between this and the pause
         self.running = False
         self._handoff = migration_id
         self.close_backends()
@@ -140,12 +144,17 @@ class Machine:
             self._see_epoch(epoch)
 
     def close_backends(self) -> None:
-        """Raises: HypervisorError `guest_running`: a running guest needs its disks."""
+        """Raises: HypervisorError `guest_running`: a running guest needs its disks; `flush_failed`: all stay open."""
         if self.running:
             raise HypervisorError("backends of a running guest stay open: pause it first", code="guest_running")
+        self._flush_backends()
         for backend in self._all_backends():
             backend.close()
         self._backends_open = False
+
+    def _flush_backends(self) -> None:
+        for backend in self._disk_backends:
+            backend.flush()
 
     def _all_backends(self) -> list[Any]:
         nics = [device.backend for device in self._devices if isinstance(device, machine_devices.Nic)]
