@@ -15,16 +15,8 @@ from typing import Any
 import pytest
 import trio
 
-from vmmigrate.engine.journal import (
-    MAGIC,
-    MAX_RECORD_BYTES,
-    AsyncJournal,
-    Journal,
-    _encode,
-    _frame,
-    read_records,
-    sync_directory,
-)
+from vmmigrate.engine.journal import AsyncJournal, Journal, sync_directory
+from vmmigrate.engine.journal_format import MAGIC, MAX_RECORD_BYTES, encode_records, frame, read_contents
 from vmmigrate.errors import JournalError, RequestError
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
@@ -69,6 +61,11 @@ def commit_all(journal: Journal, *events: Event) -> list[Record]:
 
 def reread(path: Path) -> tuple[str, list[Record]]:
     return read_records(path.read_bytes(), path.name)
+
+
+def read_records(raw: bytes, name: str) -> tuple[str, list[Record]]:
+    contents = read_contents(raw, name)
+    return contents.id, list(contents.records)
 
 
 def written(path: Path) -> tuple[bytes, list[Record]]:
@@ -304,7 +301,7 @@ def test_a_history_that_the_rules_cannot_have_written_is_refused(path: Path) -> 
     """Checksums hold, and still: `acquired` without `prepared` is no journal of ours."""
     with closing(Journal(path)) as journal:
         journal.commit(rules.Reserve(RESERVED))
-        forged = path.read_bytes() + _encode(r.Acquired("m1", Epoch(1, 2)), 2)
+        forged = path.read_bytes() + encode_records((r.Acquired("m1", Epoch(1, 2)),), 2)
     path.write_bytes(forged)
 
     assert refusal(lambda: Journal(path)).code == "illegal_record"
@@ -314,14 +311,16 @@ def test_a_history_that_the_rules_cannot_have_written_is_refused(path: Path) -> 
 @pytest.mark.parametrize(
     ("header", "code"),
     [
-        ({"format": 2, "id": "x"}, "journal_format"),
-        ({"format": 1}, "journal_format"),
-        ({"format": 1, "id": 7}, "journal_format"),
+        ({"format": 2, "id": "x", "forgotten": 0}, "journal_format"),
+        ({"format": 1, "id": "x"}, "journal_format"),
+        ({"format": 1, "id": 7, "forgotten": 0}, "journal_format"),
+        ({"format": 1, "id": "x", "forgotten": True}, "journal_format"),
+        ({"format": 1, "id": "x", "forgotten": -1}, "journal_format"),
         ([1, "x"], "journal_corrupt"),
     ],
 )
 def test_a_header_of_another_release_is_refused_and_the_file_kept(path: Path, header: Any, code: str) -> None:
-    path.write_bytes(MAGIC + _frame(header, 0))
+    path.write_bytes(MAGIC + frame(header, 0))
     before = path.read_bytes()
 
     assert refusal(lambda: Journal(path)).code == code
@@ -330,7 +329,7 @@ def test_a_header_of_another_release_is_refused_and_the_file_kept(path: Path, he
 
 def test_a_record_that_this_release_does_not_know_is_refused_never_skipped(path: Path) -> None:
     raw, _ = written(path)
-    path.write_bytes(raw + _frame({"record": "divorced", "instance": "vm1"}, 5))
+    path.write_bytes(raw + frame({"record": "divorced", "instance": "vm1"}, 5))
 
     assert refusal(lambda: Journal(path)).code == "unknown_record"
 

@@ -11,7 +11,8 @@ import pytest
 
 from tests.disks.small import small_disk
 from vmmigrate.engine import journal as journal_module
-from vmmigrate.engine.journal import RESERVE_BYTES, Journal, read_records
+from vmmigrate.engine.journal import RESERVE_BYTES, Journal
+from vmmigrate.engine.journal_format import read_contents
 from vmmigrate.errors import JournalError, StorageError
 from vmmigrate.ownership import rules
 
@@ -28,7 +29,7 @@ def test_reserved_space_does_not_make_the_journal_longer(tmp_path: Path) -> None
         assert path.stat().st_size == size
         assert path.stat().st_blocks * 512 >= RESERVE_BYTES
         journal.commit(rules.Create("b"))
-    assert len(read_records(path.read_bytes(), "journal")[1]) == 2
+    assert len(read_contents(path.read_bytes(), "journal").records) == 2
 
 
 def test_what_was_reserved_can_be_written_on_a_full_disk(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_what_was_reserved_can_be_written_on_a_full_disk(tmp_path: Path) -> None
             journal.commit(rules.Create(f"instance-{committed}"))
             committed += 1
 
-        kept = read_records((disk.root / "journal").read_bytes(), "journal")[1]
+        kept = read_contents((disk.root / "journal").read_bytes(), "journal").records
         assert len(kept) == 500
 
 

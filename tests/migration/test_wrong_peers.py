@@ -37,7 +37,7 @@ from tests.migration.fleet import (
 )
 from vmmigrate.api.client import open_client
 from vmmigrate.devices import registry
-from vmmigrate.engine.journal import read_records
+from vmmigrate.engine.journal_format import read_contents
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.net import pki, revocation
 from vmmigrate.net.channel import Channel, open_channel
@@ -106,7 +106,9 @@ class Target:
         )
 
     def records(self) -> list[Record]:
-        return read_records((self.host.config.directories.state / "journal.vmmj").read_bytes(), "journal")[1]
+        return list(
+            read_contents((self.host.config.directories.state / "journal.vmmj").read_bytes(), "journal").records
+        )
 
     def begin(self) -> None:
         """What comes now is the wrong peer's doing."""

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmmigrate.errors import JournalError
+from vmmigrate.ownership import records as r
 from vmmigrate.ownership.records import RECORD_NAMES, RECORD_TYPES, Epoch, Record, from_plain, to_plain
 
 U64 = st.integers(0, (1 << 64) - 1)
@@ -20,6 +21,11 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "Epoch": st.builds(Epoch, U64, U64),
     "str | None": st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
 }
+VALUES["bool"] = st.booleans()
+VALUES["Epoch | None"] = st.none() | VALUES["Epoch"]
+for _cls in (r.Spawned, r.TicketIssued, r.Released, r.Resolved, r.Reserved, r.Prepared):
+    VALUES[_cls.__name__] = st.builds(_cls, **{field.name: VALUES[str(field.type)] for field in fields(_cls)})
+    VALUES[f"{_cls.__name__} | None"] = st.none() | VALUES[_cls.__name__]
 # What a declared type must not be read from.
 WRONG: dict[str, list[Any]] = {
     "str": [None, 1, b"x", ["x"]],
@@ -27,7 +33,16 @@ WRONG: dict[str, list[Any]] = {
     "Epoch": [None, 1, [1], [1, 2, 3], [1, "2"], [True, 1], {"term": 1, "n": 1}],
     "str | None": [1, b"x", False],
 }
-SAMPLES: dict[str, Any] = {"str": "x", "int": 1, "Epoch": Epoch(1, 2), "str | None": None}
+WRONG["bool"] = [None, 0, 1, "true"]
+WRONG["Epoch | None"] = [0, [1], {}]
+SAMPLES: dict[str, Any] = {"str": "x", "int": 1, "bool": True, "Epoch": Epoch(1, 2), "str | None": None}
+SAMPLES["Epoch | None"] = None
+for _cls in (r.Spawned, r.TicketIssued, r.Released, r.Resolved, r.Reserved, r.Prepared):
+    SAMPLES[_cls.__name__] = _cls(**{field.name: SAMPLES[str(field.type)] for field in fields(_cls)})
+    SAMPLES[f"{_cls.__name__} | None"] = SAMPLES[_cls.__name__]
+    # Another record, one that is no map, and one within one within one.
+    WRONG[f"{_cls.__name__} | None"] = [1, [], "x", {}, {"record": "removed", "instance": "a", "reason": "b"}]
+    WRONG[_cls.__name__] = [None, *WRONG[f"{_cls.__name__} | None"]]
 NAMED = pytest.mark.parametrize("name", list(RECORD_TYPES))
 
 
@@ -79,6 +94,10 @@ def test_names_in_journals_never_change() -> None:
         "resolved",
         "notified",
         "yielded",
+        "kept_instance",
+        "kept_outgoing",
+        "kept_incoming",
+        "kept_leftover",
     ]
     assert {RECORD_NAMES[cls]: cls for cls in RECORD_NAMES} == RECORD_TYPES
 

@@ -58,7 +58,7 @@ class Machine(Host):
         if self.process is not None and self.may_run():
             self.process.running = True
             self.process.epoch = self.epoch()
-            self.process.last_record = len(self.records)
+            self.process.last_record = self.newest
 
     def pause(self) -> None:
         if self.process is not None:
@@ -128,7 +128,7 @@ class TwoHosts(RuleBasedStateMachine):
     def begin(self, steps: int, cut: int | None) -> None:
         """A new migration away from the owner, a part of the way at once; else no random walk would ever arrive."""
         source, destination = self.hosts if self.hosts[0].may_run() else self.hosts[::-1]
-        move = Move(f"m{len(source.records)}-{len(destination.records)}", source, destination)
+        move = Move(f"m{source.newest}-{destination.newest}", source, destination)
         event = rules.IssueTicket(ticket(move.migration, destination.name))
         before = len(self.moves)
         self.attempt(source, event, lambda _: self.moves.append(move), cut if steps == 0 else None)
@@ -161,7 +161,7 @@ class TwoHosts(RuleBasedStateMachine):
             return  # one socket per instance
 
         def built(_: Decision) -> None:
-            host.process = Process(False, Epoch(0, 0), len(host.records))
+            host.process = Process(False, Epoch(0, 0), host.newest)
 
         self.attempt(host, rules.Spawn(spawned(migration=move.migration)), built, cut)
 
@@ -286,6 +286,23 @@ class TwoHosts(RuleBasedStateMachine):
 
         self.attempt(move.source, evidence, act, cut)
 
+    # ----------------------------------------------------------------- compaction
+
+    @precondition(lambda self: self.moves)
+    @rule(number=NUMBER)
+    def source_is_known_to_know(self, number: int) -> None:
+        """The destination has seen what its source's journal says, and need not keep the verdict for it."""
+        move = self.pick(number)
+        outgoing = move.source.state.outgoing.get(move.migration)
+        if outgoing is not None and outgoing.stage in {Outgoing.FREED, Outgoing.RECLAIMED}:
+            self.attempt(move.destination, rules.Acknowledge(move.migration), lambda _: None, None)
+
+    @rule(who=st.integers(0, 1))
+    def journal_is_compacted(self, who: int) -> None:
+        """At any moment; everything else that is said of the two hosts must stay true."""
+        host = self.hosts[who]
+        host.compact(host.state.leftovers if host.process is None else ())
+
     # ----------------------------------------------------------------- crashes
 
     @rule(who=st.integers(0, 1), start=st.booleans())
@@ -298,7 +315,7 @@ class TwoHosts(RuleBasedStateMachine):
         seen = {}
         if host.process is not None:
             seen[VM] = SeenGuest(host.process.running, host.process.epoch, host.process.last_record)
-        for step in plan(host.state, seen, len(host.records)):
+        for step in plan(host.state, seen, host.newest):
             self.take(host, step, start)
 
     def take(self, host: Machine, step: RecoveryStep, start: bool) -> None:
@@ -373,7 +390,7 @@ class TwoHosts(RuleBasedStateMachine):
     @staticmethod
     def twin(host: Machine) -> Machine:
         twin = Machine(host.name)
-        twin.records = list(host.records)
+        twin.records, twin.forgotten = list(host.records), host.forgotten
         twin.state = fold(twin.records)
         twin.process = host.process and Process(**vars(host.process))
         return twin
@@ -396,7 +413,7 @@ class TwoHosts(RuleBasedStateMachine):
 class TwoHostsWithLostJournals(TwoHosts):
     """Journal loss ends in `indeterminate`, never in a second guest."""
 
-    @precondition(lambda self: not self.has_lost_a_journal and len(self.hosts[0].records) > 3)
+    @precondition(lambda self: not self.has_lost_a_journal and self.hosts[0].newest > 3)
     @rule(who=st.integers(0, 1))
     def journal_is_lost(self, who: int) -> None:
         self.has_lost_a_journal = True

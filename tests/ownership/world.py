@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
+from vmmigrate.ownership.compaction import compacted, snapshot
 from vmmigrate.ownership.records import Epoch, Record
 from vmmigrate.ownership.rules import Answer, Decision, Event, decide
 from vmmigrate.ownership.state import Ownership, apply
@@ -25,7 +28,13 @@ class Host:
         self.name = name
         self.journal_id = f"journal-of-{name}"
         self.records: list[Record] = []
+        self.forgotten = 0
         self.state = Ownership()
+
+    @property
+    def newest(self) -> int:
+        """The number of the last record; a compaction does not change it."""
+        return self.forgotten + len(self.records)
 
     def commit(self, event: Event) -> Decision:
         decision = decide(self.state, event)
@@ -34,8 +43,18 @@ class Host:
         self.records.extend(decision.records)
         return decision
 
+    def compact(self, gone: Collection[r.Spawned] = ()) -> None:
+        """Forget what no rule asks for."""
+        newest, wanted = self.newest, compacted(self.state, gone=gone)
+        self.records = list(snapshot(wanted))
+        self.forgotten = newest - len(self.records)
+        self.state = fold(self.records)
+        assert self.state == wanted
+        assert self.forgotten >= 0, "more records than there were"
+
     def crash(self, kept: int | None = None) -> None:
         """Read the journal again; *kept* records of it survived."""
+        self.forgotten = self.forgotten if kept is None else 0
         del self.records[len(self.records) if kept is None else kept :]
         self.state = fold(self.records)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from vmmigrate.daemon import app
 from vmmigrate.devices import registry
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.engine import preamble
-from vmmigrate.engine.journal import Journal, read_records
+from vmmigrate.engine.journal import Journal
+from vmmigrate.engine.journal_format import encode, read_contents
 from vmmigrate.errors import (
     IdentityError,
     JournalError,
@@ -214,9 +215,9 @@ def read_payload(raw: bytes) -> None:
 
 @refusing(JournalError)
 def read_journal(raw: bytes) -> None:
-    journal_id, records = read_records(raw, "journal")
-    assert isinstance(journal_id, str)
-    assert isinstance(records, list)
+    contents = read_contents(raw, "journal")
+    again = read_contents(encode(contents.id, contents.forgotten, contents.records), "journal")
+    assert again == replace(contents, torn_bytes=0)
 
 
 # --------------------------------------------------------------------------- texts
@@ -330,6 +331,8 @@ def _journal_seed() -> bytes:
         journal = Journal(path)
         for event in (rules.Create("a"), rules.Stop("a"), rules.Remove("a"), rules.Create("b")):
             journal.commit(event)
+        journal.compact(0)
+        journal.commit(rules.Create("c"))
         journal.close()
         return path.read_bytes()
 

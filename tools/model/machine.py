@@ -21,7 +21,7 @@ from tools.model.world import (
     Scenario,
     Task,
 )
-from vmmigrate.engine import journal as journals
+from vmmigrate.engine import journal_format
 from vmmigrate.errors import JournalError, VmMigrateError
 from vmmigrate.ownership import rules, state
 from vmmigrate.ownership.records import Epoch, Record
@@ -164,7 +164,7 @@ class Machine:
         if disk.damage is not Damage.NONE:
             raw = _bytes_of(disk)
             try:
-                records = tuple(journals.read_records(raw, disk.journal)[1])
+                records = journal_format.read_contents(raw, disk.journal).records
             except JournalError as error:
                 raise Unreadable(error.code) from error
         else:
@@ -276,9 +276,8 @@ def _connections(daemon: Daemon | None) -> tuple[str, ...]:
 
 def _bytes_of(disk: Disk) -> bytes:
     """The file, as the real journal writes it, with its damage."""
-    frames = [journals._encode(record, number + 1) for number, record in enumerate(disk.cached)]
-    raw = journals._encode_header(disk.journal) + b"".join(frames)
+    raw = journal_format.encode(disk.journal, 0, disk.cached)
     if disk.damage is Damage.FLIPPED:
-        frames[disk.damaged] = frames[disk.damaged][:-1] + bytes([frames[disk.damaged][-1] ^ 1])
-        return journals._encode_header(disk.journal) + b"".join(frames)
-    return raw + journals._frame({"torn": True}, len(disk.cached) + 1)[:-1]
+        end = len(journal_format.encode(disk.journal, 0, disk.cached[: disk.damaged + 1]))
+        return raw[: end - 1] + bytes([raw[end - 1] ^ 1]) + raw[end:]
+    return raw + journal_format.frame({"torn": True}, len(disk.cached) + 1)[:-1]

@@ -16,7 +16,7 @@ from tools.model.explore import Explorer, Report
 from tools.model.machine import Engine
 from tools.model.promises import HARM, Promise
 from tools.model.world import SCENARIOS, Failure
-from vmmigrate.engine import journal
+from vmmigrate.engine import journal_format
 from vmmigrate.errors import JournalError
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import recovery, rules, state
@@ -219,13 +219,15 @@ def _trusts_every_journal(known: Ownership, guests: Any, newest_record: int, *mo
 _PLAN = recovery.plan
 
 
-def _lenient(raw: bytes, name: str) -> Iterator[dict[str, Any]]:
+def _lenient(raw: bytes, position: int, number: int, name: str) -> tuple[dict[str, Any], int] | None:
     """Whatever cannot be read is taken for the torn end."""
-    with contextlib.suppress(JournalError):
-        yield from _FRAMES(raw, name)
+    try:
+        return _BODY_AT(raw, position, number, name)
+    except JournalError:
+        return None
 
 
-_FRAMES = journal._frames
+_BODY_AT = journal_format._body_at
 
 
 # --------------------------------------------------------------------------- the list
@@ -291,7 +293,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "torn tail too lenient",
         "4",
         frozenset({F.JOURNAL_DAMAGED}),
-        (lambda: _attribute(journal, "_frames", _lenient),),
+        (lambda: _attribute(journal_format, "_body_at", _lenient),),
         chain="abc",
     ),
     Mutation("resume on failure, without evidence", "5", frozenset({F.CUT}), engine=Engine(waits_for_evidence=False)),

@@ -123,6 +123,18 @@ class Limits(_Section):
     max_ram_bytes: Annotated[int, Field(gt=0)] = 1 << 42
 
 
+class JournalLimits(_Section):
+    """When the ownership journal is compacted.
+
+    Attributes:
+        compact_bytes: Beyond that size, at the start of the daemon and while it serves.
+        remember_s: What ended that recently is kept whatever it is.
+    """
+
+    compact_bytes: Annotated[int, Field(ge=4096)] = 1 << 20
+    remember_s: Annotated[float, Field(ge=0)] = 600.0
+
+
 def _known_spec_version(name: str) -> str:
     if name not in chain.CHAIN.names:
         raise ValueError(f"{name!r} is no spec version, allowed are {', '.join(chain.CHAIN.names)}")
@@ -167,6 +179,7 @@ class Config(_Section):
     directories: Directories
     allow: Allow = Allow()
     limits: Limits = Limits()
+    journal: JournalLimits = JournalLimits()
     compat: Compat = Compat()
 
     def tls_files(self) -> TlsFiles:

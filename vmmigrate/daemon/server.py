@@ -20,6 +20,7 @@ from vmmigrate.daemon.host import Host, Instance
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.daemon.recovery import recover
 from vmmigrate.daemon.resolving import Resolving
+from vmmigrate.daemon.upkeep import keep_journal_short
 from vmmigrate.engine.journal import AsyncJournal, Journal
 from vmmigrate.errors import JournalError, UsageError, VmMigrateError
 from vmmigrate.hypervisor.base import Hypervisor
@@ -122,6 +123,7 @@ async def _serve(
     nursery.start_soon(door.serve, bulk_port)
     nursery.start_soon(_serve_protocol, migration_port, credentials, migrations, nursery)
     log.info("daemon.ready", host=host.identity.name, api=migrations.api_url, **ports)
+    nursery.start_soon(keep_journal_short, host)
     on_ready({"host": host.identity.name, "api_url": migrations.api_url, "api_port": api_port, **ports})
 
 

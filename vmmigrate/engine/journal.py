@@ -1,15 +1,15 @@
 """The ownership journal: append, fsync, and only then act.
 
-One file, one writer. Its header names the format and a random id; every record carries a number, and checksums over
-its header and body apart, so that a damaged length is told from a torn tail.
+One file, one writer; `journal_format` has its bytes. A journal that is damaged is kept as it is, and nothing is decided
+from it.
 
-- Only an *incomplete* last record is dropped (a torn write was never acknowledged). A complete record whose checksum
-  is wrong is corruption: the file is kept as it is and nothing is decided from it.
 - At every open the valid prefix is rewritten to a new file and fsynced (file and directory) before any record is acted
   upon: after a failed fsync the page cache may show records that the disk does not have.
 - A failed write or fsync poisons the journal: no further record, no verdict; the daemon must exit.
 - Space for the records to come is allocated ahead (`reserve`), so that a disk that fills up while a guest is being
   given away refuses the next migration instead of poisoning the journal in the middle of this one.
+- A compaction writes what has to be kept to a new file, with room ahead, and makes it durable; only then it takes the
+  old one's place. Until the rename a crash or a failure leaves the old journal, and after it both say the same.
 
 Source: Rebello et al., "Can applications recover from fsync failures?" (USENIX ATC 2020); ownership rules 3 and 4.
 """
@@ -22,25 +22,19 @@ import errno
 import fcntl
 import os
 import secrets
-import struct
 import threading
-import zlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
 
-import msgpack
 import trio
 
+from vmmigrate.engine.journal_format import Contents, encode, encode_records, read_contents
 from vmmigrate.errors import JournalError, StorageError
-from vmmigrate.ownership.records import Record, from_plain, to_plain
+from vmmigrate.ownership.compaction import compacted, snapshot
+from vmmigrate.ownership.records import Record, Spawned
 from vmmigrate.ownership.rules import Decision, Event, decide
 from vmmigrate.ownership.state import Ownership, apply
-
-MAGIC = b"VMMJ"
-FORMAT = 1
-_PREFIX = struct.Struct("!IQII")  # body length, number, crc32 of the body, crc32 of the three before
-MAX_RECORD_BYTES = 1 << 20
 
 # What is kept allocated beyond the end: the records of some hundred migrations that are all about to be decided.
 RESERVE_BYTES = 256 << 10
@@ -53,7 +47,9 @@ class Journal:
     Attributes:
         id: Random, made with the file; a host whose journal id changed decides nothing for open migrations.
         state: What all records so far add up to.
-        newest_record: Number of the last durable record.
+        newest_record: Number of the last durable record; a compaction does not change it.
+        forgotten: How many of them a compaction has dropped.
+        size_bytes: Of the file.
     """
 
     def __init__(self, path: Path, fsync: Callable[[int], None] = os.fsync) -> None:
@@ -70,13 +66,17 @@ class Journal:
         self._is_closed = False
         self._lock_fd = _take_lock(path.with_suffix(".lock"))
         try:
-            self.id, records = _read_or_create(path)
+            contents = _read_or_create(path)
+            self.id = contents.id
             self.state = Ownership()
-            for record in records:
+            for record in contents.records:
                 self.state = apply(self.state, record)
-            self.newest_record = len(records)
-            self._fd = self._rewrite(records)
-            self._size = os.fstat(self._fd).st_size
+            self.newest_record, self.forgotten = contents.newest_record, contents.forgotten
+            self._touched: dict[str, float] = {}
+            with _io_errors(path):
+                self._fd, self.size_bytes = self._write_fresh(contents.forgotten, contents.records)
+                self._put_in_place(self._fd)
+            self._compacted_bytes = 0
             self._allocated = 0
             with contextlib.suppress(StorageError):  # then nothing that needs it is begun
                 self._reserve()
@@ -109,6 +109,35 @@ class Journal:
             self._check_usable()
             self._reserve()
 
+    def is_due(self, limit_bytes: int) -> bool:
+        """Whether it is longer than that, and twice as long as the last compaction could make it."""
+        return self.size_bytes > max(limit_bytes, 2 * self._compacted_bytes)
+
+    def compact(self, remember_s: float, gone: Collection[Spawned] = ()) -> bool:
+        """Forget what no rule asks for any more. False: there was nothing to forget.
+
+        Args:
+            remember_s: Migrations of which a record was written since are kept, whatever they are.
+            gone: Processes that are known not to exist any more.
+
+        Raises:
+            StorageError: `journal_not_compacted`: the journal is as it was, and goes on.
+            JournalError: as `commit`.
+        """
+        with self._lock:
+            self._check_usable()
+            since = time.monotonic() - remember_s
+            self._touched = {name: at for name, at in self._touched.items() if at > since}
+            state = compacted(self.state, self._touched.keys(), gone)
+            records = snapshot(state)
+            forgotten = self.newest_record - len(records)
+            is_shorter = forgotten > self.forgotten
+            if is_shorter:
+                self._replace(forgotten, records)
+                self.state, self.forgotten = state, forgotten
+            self._compacted_bytes = self.size_bytes
+            return is_shorter
+
     def close(self) -> None:
         with self._lock:
             if not self._is_closed:
@@ -125,7 +154,7 @@ class Journal:
         state = self.state
         for record in records:
             state = apply(state, record)
-        chunk = b"".join(_encode(record, self.newest_record + 1 + i) for i, record in enumerate(records))
+        chunk = encode_records(records, self.newest_record + 1)
         # Until the fsync has returned, whatever leaves this block leaves the file in an unknown state.
         self._poisoned = "a write was interrupted; the daemon must restart"
         try:
@@ -137,33 +166,64 @@ class Journal:
         self._poisoned = None
         self.state = state
         self.newest_record += len(records)
-        self._size += len(chunk)
-        if self._allocated - self._size < RESERVE_BYTES // 2:
+        self.size_bytes += len(chunk)
+        now = time.monotonic()
+        self._touched |= {name: now for record in records if (name := getattr(record, "migration", None)) is not None}
+        if self._allocated - self.size_bytes < RESERVE_BYTES // 2:
             with contextlib.suppress(StorageError):
                 self._reserve()
 
     def _reserve(self) -> None:
         try:
-            _allocate(self._fd, self._size, RESERVE_BYTES)
+            _allocate(self._fd, self.size_bytes, RESERVE_BYTES)
         except OSError as exc:
             raise StorageError(
                 f"journal {self.path}: no space for what is to be decided ({exc.strerror})", code="journal_full"
             ) from exc
-        self._allocated = self._size + RESERVE_BYTES
+        self._allocated = self.size_bytes + RESERVE_BYTES
 
-    def _rewrite(self, records: list[Record]) -> int:
-        """Write the valid prefix to a new file, make it durable, and put it in the old one's place."""
-        fresh = self.path.with_suffix(".new")
-        with _io_errors(self.path), contextlib.ExitStack() as undo:
+    def _replace(self, forgotten: int, records: tuple[Record, ...]) -> None:
+        """Put a new file with *records* in the place of this one, with as much room ahead as it had."""
+        try:
+            fd, size_bytes = self._write_fresh(forgotten, records, RESERVE_BYTES)
+        except (OSError, JournalError) as exc:
+            raise StorageError(f"journal {self.path}: not compacted ({exc})", code="journal_not_compacted") from exc
+        # From the rename on, what leaves this block leaves it open which file the next daemon will find.
+        self._poisoned = "a compaction was interrupted; the daemon must restart"
+        try:
+            self._put_in_place(fd)
+        except OSError as exc:
+            self._poisoned = f"a compaction failed ({exc.strerror}); the daemon must restart"
+            raise JournalError(f"journal {self.path.name}: {self._poisoned}", code="journal_poisoned") from exc
+        os.close(self._fd)
+        self._fd, self.size_bytes, self._allocated = fd, size_bytes, size_bytes + RESERVE_BYTES
+        self._poisoned = None
+
+    def _write_fresh(self, forgotten: int, records: tuple[Record, ...], room_bytes: int = 0) -> tuple[int, int]:
+        """A new file beside the journal, durable but not in its place: its descriptor and size. Raises: OSError."""
+        fresh, text = self._fresh_path(), encode(self.id, forgotten, records)
+        with contextlib.ExitStack() as undo:
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             undo.callback(os.close, fd)
-            _write_all(fd, _encode_header(self.id))
-            _write_all(fd, b"".join(_encode(record, i + 1) for i, record in enumerate(records)))
+            undo.callback(fresh.unlink)
+            _write_all(fd, text)
+            if room_bytes:
+                _allocate(fd, len(text), room_bytes)
             self._fsync(fd)
-            os.rename(fresh, self.path)
-            sync_directory(self.path.parent, self._fsync)
             undo.pop_all()
-        return fd
+        return fd, len(text)
+
+    def _put_in_place(self, fd: int) -> None:
+        """The new file is the journal. Raises: OSError; *fd* is then closed."""
+        try:
+            os.rename(self._fresh_path(), self.path)
+            sync_directory(self.path.parent, self._fsync)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _fresh_path(self) -> Path:
+        return self.path.with_suffix(".new")
 
 
 class AsyncJournal:
@@ -185,6 +245,18 @@ class AsyncJournal:
     def newest_record(self) -> int:
         return self._journal.newest_record
 
+    @property
+    def size_bytes(self) -> int:
+        return self._journal.size_bytes
+
+    @property
+    def forgotten(self) -> int:
+        return self._journal.forgotten
+
+    def is_due(self, limit_bytes: int) -> bool:
+        """As `Journal.is_due`."""
+        return self._journal.is_due(limit_bytes)
+
     async def commit(self, event: Event) -> Decision:
         """As `Journal.commit`. Once begun it finishes, also when the caller is cancelled."""
         return await trio.to_thread.run_sync(self._journal.commit, event, limiter=self._limiter)
@@ -192,6 +264,10 @@ class AsyncJournal:
     async def reserve(self) -> None:
         """As `Journal.reserve`."""
         await trio.to_thread.run_sync(self._journal.reserve, limiter=self._limiter)
+
+    async def compact(self, remember_s: float, gone: Collection[Spawned] = ()) -> bool:
+        """As `Journal.compact`."""
+        return await trio.to_thread.run_sync(self._journal.compact, remember_s, gone, limiter=self._limiter)
 
     def close(self) -> None:
         self._journal.close()
@@ -206,85 +282,13 @@ def sync_directory(directory: Path, fsync: Callable[[int], None] = os.fsync) -> 
         os.close(fd)
 
 
-def read_records(raw: bytes, name: str) -> tuple[str, list[Record]]:
-    """The journal id and the records of a journal's bytes; an incomplete last record is dropped.
-
-    Raises:
-        JournalError: `journal_format` or `journal_corrupt`.
-    """
-    frames = _frames(raw, name)
-    header = next(frames, None)
-    if header is None:
-        raise JournalError(f"journal {name}: it is empty or its header is torn", code="journal_corrupt")
-    if header.get("format") != FORMAT or not isinstance(header.get("id"), str):
-        raise JournalError(
-            f"journal {name}: format {header.get('format')}, this release reads {FORMAT}", code="journal_format"
-        )
-    return header["id"], [from_plain(plain) for plain in frames]
-
-
-def _frames(raw: bytes, name: str) -> Iterator[dict[str, Any]]:
-    if raw[: len(MAGIC)] != MAGIC[: len(raw)]:
-        raise JournalError(f"journal {name}: not a vmmigrate journal", code="journal_format")
-    position, number = len(MAGIC), 0
-    while len(raw) - position >= _PREFIX.size:
-        length, written, body_crc, prefix_crc = _PREFIX.unpack_from(raw, position)
-        prefix_ok = zlib.crc32(raw[position : position + _PREFIX.size - 4]) == prefix_crc
-        if not prefix_ok or written != number or length > MAX_RECORD_BYTES:
-            raise _corrupt(name, number, position)
-        body = raw[position + _PREFIX.size : position + _PREFIX.size + length]
-        if len(body) < length:
-            return
-        if zlib.crc32(body) != body_crc:
-            raise _corrupt(name, number, position)
-        yield _unpack_body(body, name, number, position)
-        position += _PREFIX.size + length
-        number += 1
-
-
-def _unpack_body(body: bytes, name: str, number: int, position: int) -> dict[str, Any]:
-    try:
-        plain = msgpack.unpackb(body, raw=False, strict_map_key=True)
-    except (ValueError, msgpack.exceptions.UnpackException):
-        raise _corrupt(name, number, position) from None
-    if not isinstance(plain, dict):
-        raise _corrupt(name, number, position)
-    return plain
-
-
-def _corrupt(name: str, number: int, position: int) -> JournalError:
-    return JournalError(
-        f"journal {name}: record {number} at byte {position} is damaged; the file is kept, nothing is decided from it",
-        code="journal_corrupt",
-    )
-
-
-def _frame(plain: dict[str, Any], number: int) -> bytes:
-    body: bytes = msgpack.packb(plain, use_bin_type=True)
-    if len(body) > MAX_RECORD_BYTES:
-        # The reader would take it for damage, and the whole journal with it.
-        raise JournalError(
-            f"journal record of {len(body)} bytes, at most {MAX_RECORD_BYTES} are allowed", code="record_too_large"
-        )
-    prefix = _PREFIX.pack(len(body), number, zlib.crc32(body), 0)[:-4]
-    return prefix + zlib.crc32(prefix).to_bytes(4, "big") + body
-
-
-def _encode(record: Record, number: int) -> bytes:
-    return _frame(to_plain(record), number)
-
-
-def _encode_header(journal_id: str) -> bytes:
-    return MAGIC + _frame({"format": FORMAT, "id": journal_id}, 0)
-
-
-def _read_or_create(path: Path) -> tuple[str, list[Record]]:
+def _read_or_create(path: Path) -> Contents:
     with _io_errors(path):
         try:
             raw = path.read_bytes()
         except FileNotFoundError:
-            return secrets.token_hex(16), []
-    return read_records(raw, path.name)
+            return Contents(secrets.token_hex(16), 0, (), 0)
+    return read_contents(raw, path.name)
 
 
 def _take_lock(path: Path) -> int:

@@ -255,6 +255,52 @@ class Acknowledged:
     migration: str
 
 
+# --------------------------------------------------------------------------- what a compaction leaves
+
+
+@dataclass(frozen=True, slots=True)
+class KeptInstance:
+    """An instance as it was when the journal was compacted; `holding` as in `state.Holding`."""
+
+    instance: str
+    epoch: Epoch
+    holding: str
+    last_migration: str | None
+    guest: Spawned | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptOutgoing:
+    """A migration at its source as it was; `stage` as in `state.Outgoing`."""
+
+    ticket: TicketIssued
+    stage: str
+    desired: str | None
+    released: Released | None
+    resolved: Resolved | None
+    notified: Epoch | None
+    code: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptIncoming:
+    """A migration at its destination as it was, with its verdict; `stage` as in `state.Incoming`."""
+
+    reserved: Reserved
+    stage: str
+    guest: Spawned | None
+    prepared: Prepared | None
+    code: str | None
+    acknowledged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLeftover:
+    """A guest process that nobody owns and that may still be there."""
+
+    guest: Spawned
+
+
 Record = (
     Created
     | Spawned
@@ -281,6 +327,10 @@ Record = (
     | Started
     | Returned
     | Acknowledged
+    | KeptInstance
+    | KeptOutgoing
+    | KeptIncoming
+    | KeptLeftover
 )
 
 # Names as they stand in journals: never rename, never re-use.
@@ -310,17 +360,31 @@ RECORD_TYPES: Mapping[str, type[Record]] = {
     "resolved": Resolved,
     "notified": Notified,
     "yielded": Yielded,
+    "kept_instance": KeptInstance,
+    "kept_outgoing": KeptOutgoing,
+    "kept_incoming": KeptIncoming,
+    "kept_leftover": KeptLeftover,
 }
 RECORD_NAMES: Mapping[type[Record], str] = {cls: name for name, cls in RECORD_TYPES.items()}
+
+# Records that may stand inside of others; none of them holds another one.
+_INNER: Mapping[str, str] = {
+    cls.__name__: RECORD_NAMES[cls] for cls in (Spawned, TicketIssued, Released, Resolved, Reserved, Prepared)
+}
 
 
 def to_plain(record: Record) -> dict[str, Any]:
     """The record as a map of plain values, its name under `record`."""
     plain: dict[str, Any] = {"record": RECORD_NAMES[type(record)]}
     for field in fields(record):
-        value = getattr(record, field.name)
-        plain[field.name] = list(value) if isinstance(value, Epoch) else value
+        plain[field.name] = _plain(getattr(record, field.name))
     return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Epoch):
+        return list(value)
+    return to_plain(value) if type(value) in RECORD_NAMES else value
 
 
 def from_plain(plain: Mapping[str, Any]) -> Record:
@@ -341,12 +405,15 @@ def from_plain(plain: Mapping[str, Any]) -> Record:
 
 
 def _checked(record: Any, field: str, declared: Any, value: Any) -> Any:
-    if declared == "Epoch":
+    wanted, optional, _ = declared.partition(" | ")
+    if value is None and optional:
+        return None
+    if wanted == "Epoch":
         if isinstance(value, list) and len(value) == 2 and all(type(part) is int for part in value):
             return Epoch(*value)
-    elif declared == "str | None":
-        if value is None or isinstance(value, str):
-            return value
-    elif type(value).__name__ == declared:
+    elif wanted in _INNER:
+        if isinstance(value, dict) and value.get("record") == _INNER[wanted]:
+            return from_plain(value)
+    elif type(value).__name__ == wanted:
         return value
     raise JournalError(f"record {record}: field {field} is {value!r}, expected {declared}", code="bad_record")

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from vmmigrate.errors import JournalError
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership.records import NO_EPOCH, Epoch, Record
+
+E = TypeVar("E", bound=StrEnum)
 
 
 class Holding(StrEnum):
@@ -366,6 +368,54 @@ def _acknowledged(state: Ownership, record: r.Acknowledged) -> Ownership:
     return _with_incoming(state, record.migration, replace(incoming, acknowledged=True))
 
 
+# --------------------------------------------------------------------------- what a compaction left
+
+
+def _check_fresh(record: Record, name: str, known: Mapping[str, Any]) -> None:
+    if name in known:
+        raise _illegal(record, f"{name} has a history of its own")
+
+
+def _enum(record: Record, kind: type[E], value: str) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        raise _illegal(record, f"{value!r} is no {kind.__name__.lower()}") from None
+
+
+def _kept_instance(state: Ownership, record: r.KeptInstance) -> Ownership:
+    _check_fresh(record, record.instance, state.instances)
+    holding = _enum(record, Holding, record.holding)
+    known = InstanceState(record.instance, record.epoch, holding, record.last_migration, record.guest)
+    return _with_instance(state, known)
+
+
+def _kept_outgoing(state: Ownership, record: r.KeptOutgoing) -> Ownership:
+    migration = record.ticket.migration
+    _check_fresh(record, migration, state.outgoing)
+    stage = _enum(record, Outgoing, record.stage)
+    if stage in GIVEN_AWAY and record.released is None:
+        raise _illegal(record, f"it is {stage} and was never released")
+    kept = OutgoingState(
+        record.ticket, stage, record.desired, record.released, record.resolved, record.notified, record.code
+    )
+    return _with_outgoing(state, migration, kept)
+
+
+def _kept_incoming(state: Ownership, record: r.KeptIncoming) -> Ownership:
+    migration = record.reserved.migration
+    _check_fresh(record, migration, state.incoming)
+    stage = _enum(record, Incoming, record.stage)
+    if stage not in {Incoming.RESERVED, Incoming.ABANDONED} and record.prepared is None:
+        raise _illegal(record, f"it is {stage} and was never prepared")
+    kept = IncomingState(record.reserved, stage, record.guest, record.prepared, record.code, record.acknowledged)
+    return _with_incoming(state, migration, kept)
+
+
+def _kept_leftover(state: Ownership, record: r.KeptLeftover) -> Ownership:
+    return _leave(state, record.guest)
+
+
 _APPLY: Mapping[type[Record], Callable[[Ownership, Any], Ownership]] = {
     r.Created: _created,
     r.Spawned: _spawned,
@@ -392,4 +442,8 @@ _APPLY: Mapping[type[Record], Callable[[Ownership, Any], Ownership]] = {
     r.Started: _incoming_ownership,
     r.Returned: _incoming_ownership,
     r.Acknowledged: _acknowledged,
+    r.KeptInstance: _kept_instance,
+    r.KeptOutgoing: _kept_outgoing,
+    r.KeptIncoming: _kept_incoming,
+    r.KeptLeftover: _kept_leftover,
 }
