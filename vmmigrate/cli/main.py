@@ -30,6 +30,7 @@ _COMMANDS: Final = {
     "migration": ("vmmigrate.cli.commands.migration:app", "Look at migrations, and cancel them."),
     "vm": ("vmmigrate.cli.commands.vm:app", "Make, run and look at instances on one host."),
     "daemon": ("vmmigrate.cli.commands.daemon:daemon", "Run the daemon of a host."),
+    "journal": ("vmmigrate.cli.commands.journal:app", "Look into a daemon's journal, and check it."),
     "pki": ("vmmigrate.cli.commands.pki:app", "Certificates for small sites."),
     "spec": ("vmmigrate.cli.commands.spec:app", "Check, convert, build, negotiate and amend instance specs."),
     "demo": ("vmmigrate.demo.command:demo", "Migrate a guest between two daemons on this machine."),

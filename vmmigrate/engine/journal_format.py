@@ -49,7 +49,19 @@ def read_contents(raw: bytes, name: str) -> Contents:
     """What the bytes of a journal say; an incomplete last record is dropped.
 
     Raises:
-        JournalError: `journal_format` or `journal_corrupt`.
+        JournalError: `journal_format`, `journal_corrupt`, `unknown_record`, `bad_record`.
+    """
+    contents, damage = survey(raw, name)
+    if damage is not None:
+        raise damage
+    return contents
+
+
+def survey(raw: bytes, name: str) -> tuple[Contents, JournalError | None]:
+    """What can be read up to the first damage, and that: for people to look at. Nothing may be decided from it.
+
+    Raises:
+        JournalError: `journal_format` or `journal_corrupt`: not even its header can be read.
     """
     if raw[: len(MAGIC)] != MAGIC[: len(raw)]:
         raise JournalError(f"journal {name}: not a vmmigrate journal", code="journal_format")
@@ -59,10 +71,15 @@ def read_contents(raw: bytes, name: str) -> Contents:
     plain, position = header
     journal_id, forgotten = _checked_header(plain, name)
     records: list[Record] = []
-    while (found := _body_at(raw, position, forgotten + len(records) + 1, name)) is not None:
-        plain, position = found
-        records.append(from_plain(plain))
-    return Contents(journal_id, forgotten, tuple(records), len(raw) - position)
+    damage = None
+    try:
+        while (found := _body_at(raw, position, forgotten + len(records) + 1, name)) is not None:
+            records.append(from_plain(found[0]))
+            position = found[1]
+    except JournalError as exc:
+        damage = exc
+    torn_bytes = 0 if damage else len(raw) - position
+    return Contents(journal_id, forgotten, tuple(records), torn_bytes), damage
 
 
 def encode(journal_id: str, forgotten: int, records: tuple[Record, ...]) -> bytes:
