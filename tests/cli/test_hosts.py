@@ -204,6 +204,21 @@ def test_migrate_says_to_people_what_became_of_the_guest(fleet: Fleet, tmp_path:
     assert done.err == ""
 
 
+def test_what_is_not_in_doubt_cannot_be_resolved(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.create("settled", write_spec(tmp_path))
+    migration = fleet.migrate("settled").document["migration_id"]
+    resolve = ("migration", "resolve", migration, "--winner")
+
+    by_source = fleet(*resolve, "source", "--fencing-proof", "none at all", at=fleet.a)
+    by_destination = fleet(*resolve, "destination", "--from", fleet.a.url, at=fleet.b)
+    too_late = fleet(*resolve, "destination", "--released", "1.1", at=fleet.b, as_json=True)
+
+    assert (by_source.code, by_destination.code) == (Exit.REFUSED, Exit.REFUSED)
+    assert "not in doubt" in by_source.complaint
+    assert "not in doubt" in by_destination.complaint
+    assert (too_late.code, too_late.document["verdict"]) == (Exit.OK, "started")
+
+
 def test_migrate_that_does_not_watch_prints_the_id(fleet: Fleet, tmp_path: Path) -> None:
     fleet.create("unwatched", write_spec(tmp_path))
 

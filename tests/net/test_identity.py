@@ -162,6 +162,8 @@ RIGHTS = {
     Call.MIGRATION_CANCEL: "operator orchestrator",
     Call.SIDE: "operator orchestrator host",
     Call.SIDE_SETTLE: "orchestrator host",
+    Call.SUPERSEDE: "host",
+    Call.RESOLVE: "operator orchestrator",
     Call.MIGRATION_PROTOCOL: "host",
     Call.BULK: "host",
 }

@@ -6,18 +6,19 @@ the garbage collector.
 
 from __future__ import annotations
 
-import ssl
 from typing import Any
 
 import httpcore2
 import httpx2
 import trio
 
+from vmmigrate.net.tls import TlsContext
+
 
 class ClosingTransport(httpx2.AsyncHTTPTransport):
     """Connections over TLS with *context*, at most *most* at once."""
 
-    def __init__(self, context: ssl.SSLContext, most: int) -> None:
+    def __init__(self, context: TlsContext, most: int) -> None:
         super().__init__(verify=context)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=context, max_connections=most, network_backend=_ClosingBackend()
