@@ -454,25 +454,41 @@ class Migrations:
     # -- cancel ----------------------------------------------------------------------------------------------------
 
     async def cancel(self, migration_id: str, reason: str) -> dict[str, Any]:
-        """Stop a migration that can still be stopped.
+        """Stop a migration that can still be stopped. One answer for both sides: what has answered here stays true.
 
-        Raises: RequestError `in_doubt` (409: given away, nobody can call it back), `migration_over`.
+        Raises: RequestError `in_doubt` (409: given away, nobody can call it back), `verdict_given` (taken over),
+            `migration_over`.
         """
         self.describe(migration_id)
+        record = self.records.get(migration_id)
+        self._check_not_given_away(migration_id, record)
+        error = MigrationCancelled(reason)
+        state = self.host.journal.state
+        if migration_id in state.outgoing and await self.end_awaiting(migration_id, error):
+            return self.describe(migration_id)
+        if record is None or record.outcome is not None:
+            raise RequestError(f"migration {migration_id} is over", code="migration_over")
+        incoming = state.incoming.get(migration_id)
+        if incoming is not None and incoming.stage is Incoming.PREPARED:
+            # The handoff may be on its way, or be waiting for the journal: whoever writes first has decided.
+            await self.host.journal.commit(rules.Refuse(migration_id, error.code))
+        self.abort(migration_id, error)
+        return self.describe(migration_id)
+
+    def _check_not_given_away(self, migration_id: str, record: MigrationRecord | None) -> None:
+        """The session tells it earlier than the journal: `released` may be on its way to the disk, and cannot be called
+        back from there.
+
+        Raises: RequestError `in_doubt`, `verdict_given`.
+        """
         state = self.host.journal.state
         outgoing, incoming = state.outgoing.get(migration_id), state.incoming.get(migration_id)
-        if outgoing is not None and outgoing.stage is Outgoing.RELEASED:
+        session = record.session if record is not None and record.outcome is None else None
+        giving = session is not None and phases.Phase.IN_DOUBT in {session.phase, session.failed_in}
+        if outgoing is not None and (giving or outgoing.stage is Outgoing.RELEASED):
             raise RequestError(f"migration {migration_id} is in doubt: the guest was given away", code="in_doubt")
         if incoming is not None and incoming.stage in {Incoming.ACQUIRED, Incoming.STARTED}:
             raise RequestError(f"migration {migration_id}: this host has taken the guest over", code="verdict_given")
-        error = MigrationCancelled(reason)
-        if outgoing is not None and await self.end_awaiting(migration_id, error):
-            return self.describe(migration_id)
-        record = self.records.get(migration_id)
-        if record is None or record.outcome is not None:
-            raise RequestError(f"migration {migration_id} is over", code="migration_over")
-        self.abort(migration_id, error)
-        return self.describe(migration_id)
 
     def abort(self, migration_id: str, error: VmMigrateError) -> None:
         """End a migration that is under way; the engine undoes it. One about to open its channel finds the word."""

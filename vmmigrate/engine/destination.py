@@ -557,8 +557,11 @@ async def _give_up(channel: Channel, migration: DestinationMigration, error: VmM
     failed_in = channel.session.failed_in or channel.phase
     with trio.CancelScope(shield=True):
         await migration.journal.commit(rules.Refuse(migration.migration_id, error.code))
-        stage = migration.journal.state.incoming[migration.migration_id].stage
-        await _tell_refusal(channel, migration, error, stage)
+        incoming = migration.journal.state.incoming[migration.migration_id]
+        if error.code == "verdict_given" and incoming.code is not None:
+            # The handoff came second; what came first is why, on both sides.
+            error = OwnershipRefusal(f"refused before the handoff came: {incoming.code}", code=incoming.code)
+        await _tell_refusal(channel, migration, error, incoming.stage)
         if migration.guest is not None:
             await migration.guest.destroy()
     migration.record.finish(outcome_of(error, failed_in), error)

@@ -21,6 +21,7 @@ from vmmigrate.errors import (
     HandoffInDoubt,
     HypervisorError,
     JournalError,
+    MigrationCancelled,
     RequestError,
     VmMigrateError,
 )
@@ -182,7 +183,8 @@ async def _take_back(migration: SourceMigration, error: VmMigrateError) -> None:
     if migration.guest is None:
         _note_lost(migration, HypervisorError("the guest process ended while it was in doubt", code="guest_lost"))
     elif await _resume(migration):
-        migration.record.finish(Outcome.FAILED, error)
+        called_off = error.code == MigrationCancelled.default_code
+        migration.record.finish(Outcome.CANCELLED if called_off else Outcome.FAILED, error)
         log.info("migration.reclaimed", migration=migration.migration_id, code=error.code, text=error.text)
 
 
