@@ -63,8 +63,9 @@ bench: base ## run every benchmark; prints ratios measured in one run
 fuzz: fuzzers ## fuzz every decoder and the live API (FUZZ_SECONDS=60 for each; ARGS="messages api" for some)
 	@$(BIN)/python -m tools.fuzz $(ARGS)
 
-docs: dev ## redraw the phase diagram in ARCHITECTURE.md
+docs: dev ## redraw the phase diagram in ARCHITECTURE.md, and tables in docs/
 	@$(BIN)/python -m tools.phase_diagram
+	@$(BIN)/python -m tools.document_tables
 
 # The larger lock first: the smaller one then takes its pins, so that one environment can grow from one to the other.
 lock: dev ## write the lock files anew from pyproject.toml (UPGRADE=1 takes newer releases)

@@ -17,6 +17,7 @@ import trio
 
 from tests.hypervisor.faults import ForgetfulTracker
 from tests.hypervisor.hosts import STRESS, Hosts, plan_of, plan_with_every_device
+from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.base import DiskPlan, Guest, GuestProcess, GuestStamp, InjectorPlan, RunState
 from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_error, move, wait_heartbeats
@@ -390,8 +391,9 @@ async def test_typed_keys_are_echoed_and_those_not_yet_read_move_along(hosts: Ho
     await source.console_input("console", b"before the guest runs ")
     await source.run((1, 1))
     await wait_heartbeats(source, 5)
+    await source.pause()
+    await source.console_input("com1", b"and just before it moves")
     await source.pause_for_handoff("m")
-    await source.console_input("com1", b"and while it moves")
     destination = await hosts.build(plan, "b", epoch=(1, 2), for_migration=True)
     await move(source, destination)
     await destination.run((1, 2))
@@ -399,10 +401,114 @@ async def test_typed_keys_are_echoed_and_those_not_yet_read_move_along(hosts: Ho
 
     history = await destination.console_history("console")
 
-    assert history.beginning == b"before the guest runs and while it moves"
+    assert history.beginning == b"before the guest runs and just before it moves"
     assert (history.total_bytes, history.rolling) == (len(history.beginning), b"")
     await expect_error("unknown_port", destination.console_input("com4", b"x"))
-    await expect_error("console_full", source.console_input("com1", bytes(1 << 20)))
+    await expect_error("console_full", destination.console_input("com1", bytes(1 << 20)))
+
+
+async def test_nothing_is_typed_or_reset_that_would_not_arrive(hosts: Hosts) -> None:
+    """Between the pause for the handoff and the return of its disks; also when it was paused before."""
+    guest = await hosts.build(plan_of({"name": "echo"}))
+    await guest.run((1, 1))
+    await guest.pause()
+    await guest.pause_for_handoff("m")
+
+    await expect_error("guest_paused_for_handoff", guest.console_input("com1", b"lost"))
+    await expect_error("guest_paused_for_handoff", guest.reboot())
+
+    await guest.open_backends((1, 1))
+    await guest.console_input("com1", b"kept")
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, 20)
+    assert (await guest.console_history("com1")).beginning == b"kept"
+
+
+async def test_a_guest_that_reboots_begins_anew_and_every_page_it_cleared_is_marked(hosts: Hosts) -> None:
+    """By its own deed, and by the reset button; its memory is consistent at once, and moves whole."""
+    guest = await hosts.build(plan_of({**STRESS, "power_keys": True}))
+    await guest.run((1, 1))
+    await _wait_filled(guest, 400)
+    await guest.start_tracking()
+    await guest.console_input("com1", b"xr")
+    await _wait_console(guest, b"reboot\r\n")
+    marked = await guest.take_dirty()
+
+    assert marked.count() >= 400
+    await _wait_filled(guest, 400)
+    assert (await guest.self_check()).consistent
+    heartbeats = (await guest.status()).heartbeats
+    await guest.pause()
+    await guest.reboot()
+    status = await guest.status()
+    assert (status.run_state, status.program["filled_pages"]) == (RunState.PAUSED, 0)
+    assert status.heartbeats >= heartbeats
+    assert (await guest.self_check()).consistent
+    await guest.run((1, 1))
+    await _wait_filled(guest, 400)
+    assert (await guest.self_check()).consistent
+    assert hosts.verdict().single
+
+
+async def test_a_guest_that_powers_itself_off_is_off_and_not_lost(hosts: Hosts) -> None:
+    """Whoever waits is told, also a daemon that comes later; it never runs again, and holds no disk open."""
+    guest = await hosts.build(plan_of({"name": "idle", "power_keys": True}))
+    await guest.run((1, 1))
+    await guest.console_input("com1", b"p")
+    with trio.fail_after(20):
+        await guest.wait_power_off()
+
+    await guest.run((1, 1))
+    status = await guest.status()
+    assert (status.run_state, status.backends_open) == (RunState.PAUSED, False)
+    await expect_error("guest_powered_off", guest.pause_for_handoff("m"))
+    guest.detach()
+    stamp = GuestStamp(guest.plan.instance_id, "a", (1, 1), None)
+    again = await (await hosts.open()).adopt(stamp, guest.plan, guest.process)
+    assert isinstance(again, EmbeddedGuest)
+    hosts.guests.append(again)
+    with trio.fail_after(20):
+        await again.wait_power_off()
+
+
+async def test_requests_and_broken_connections_do_not_disturb_who_waits_for_the_end(hosts: Hosts) -> None:
+    """A request that is given up half sent ends the connection; who waits for the power-off asks again."""
+    guest = await hosts.build(plan_of({"name": "idle", "power_keys": True}))
+    await guest.run((1, 1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.wait_power_off)
+        with trio.move_on_after(0.05):  # more than the socket takes while nobody reads it
+            os.kill(guest.process.pid, signal.SIGSTOP)
+            try:
+                await guest.import_devices([DevicePayload("x", "y", 1, bytes(64 * MIB), True)])
+            finally:
+                os.kill(guest.process.pid, signal.SIGCONT)
+        assert (await guest.status()).heartbeats
+        await guest.console_input("com1", b"p")
+
+
+async def test_a_guest_that_crashes_its_machine_is_lost(hosts: Hosts) -> None:
+    guest = await hosts.build(plan_of({"name": "idle", "power_keys": True}))
+    await guest.run((1, 1))
+
+    await guest.console_input("com1", b"c")
+    with trio.fail_after(20):
+        await guest.wait_exit()
+
+    error = await expect_error("guest_lost", guest.status())
+    assert "the guest crashed its machine" in error.text
+
+
+async def _wait_filled(guest: Guest, pages: int) -> None:
+    with trio.fail_after(20):
+        while (await guest.status()).program["filled_pages"] < pages:
+            await trio.sleep(0.005)
+
+
+async def _wait_console(guest: Guest, text: bytes) -> None:
+    with trio.fail_after(20):
+        while text not in (await guest.console_history("com1")).beginning:
+            await trio.sleep(0.005)
 
 
 @pytest.mark.parametrize("kind", ["file", "blob", "crucible"])

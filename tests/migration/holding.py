@@ -16,6 +16,7 @@ from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp
 
 PATIENCE_S: Final = 20.0
 STEPS: Final = (
+    "pause",
     "pause_for_handoff",
     "export_devices",
     "import_devices",

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 import vmmigrate
 from vmmigrate import jsontext
 from vmmigrate.api.models import Cancel, ConsoleInput, CreateInstance, MigrateIn, MigrateOut, Resolve, Superseded
-from vmmigrate.daemon.host import Host
+from vmmigrate.daemon.host import Host, check_port
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.daemon.resolving import Resolving
 from vmmigrate.errors import (
@@ -49,7 +49,12 @@ _STATUS: Mapping[type[VmMigrateError], int] = {
     HypervisorError: 502,
     TransportError: 502,
 }
-_STATUS_BY_CODE: Mapping[str, int] = {"unknown_instance": 404, "unknown_migration": 404}
+_STATUS_BY_CODE: Mapping[str, int] = {
+    "unknown_instance": 404,
+    "unknown_migration": 404,
+    "guest_paused_for_handoff": 409,
+    "guest_powered_off": 409,
+}
 
 
 def allowed(call: Call) -> Any:
@@ -169,6 +174,11 @@ def _add_instances(app: FastAPI, host: Host) -> None:
         await host.stop(instance_id)
         return await host.describe(instance_id)
 
+    @app.post("/v1/instances/{instance_id}:reboot", dependencies=[allowed(Call.INSTANCE_WRITE)])
+    async def reboot_instance(instance_id: str) -> dict[str, Any]:
+        await host.reboot(instance_id)
+        return await host.describe(instance_id)
+
     @app.post("/v1/instances/{instance_id}:pause", dependencies=[allowed(Call.INSTANCE_WRITE)])
     async def pause_instance(instance_id: str) -> dict[str, Any]:
         await host.pause(instance_id)
@@ -184,7 +194,7 @@ def _add_consoles(app: FastAPI, host: Host) -> None:
     @app.get("/v1/instances/{instance_id}/console", dependencies=[allowed(Call.INSTANCE_READ)])
     async def show_console(instance_id: str, port: str) -> dict[str, Any]:
         guest = host.guest(instance_id)
-        _check_port(guest.plan.serial_ports, port)
+        check_port([serial.name for serial in guest.plan.serial_ports], port)
         history = await guest.console_history(port)
         return {
             "port": port,
@@ -199,10 +209,8 @@ def _add_consoles(app: FastAPI, host: Host) -> None:
         openapi_extra=_takes(ConsoleInput),
     )
     async def type_on_console(instance_id: str, request: Request) -> dict[str, Any]:
-        guest = host.guest(instance_id)
         keys = checked(ConsoleInput, read_json(await request.body()))
-        _check_port(guest.plan.serial_ports, keys.port)
-        await guest.console_input(keys.port, keys.text.encode())
+        await host.type_keys(instance_id, keys.port, keys.text.encode())
         return {"port": keys.port}
 
     @app.post("/v1/instances/{instance_id}:check", dependencies=[allowed(Call.INSTANCE_READ)])
@@ -289,13 +297,6 @@ def _check_peer(host: Host, migration_id: str, asking: Identity) -> None:
     }
     if asking.name not in peers:
         raise IdentityError(f"{asking} is not the peer of migration {migration_id}", code="forbidden")
-
-
-def _check_port(ports: Any, wanted: str) -> None:
-    names = [port.name for port in ports]
-    if wanted not in names:
-        listed = ", ".join(names) or "none"
-        raise RequestError(f"no serial port {wanted!r} (there are: {listed})", code="unknown_port")
 
 
 def read_json(body: bytes) -> Any:

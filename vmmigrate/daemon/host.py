@@ -6,7 +6,7 @@ import base64
 import binascii
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,9 +32,11 @@ from vmmigrate.errors import (
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp, Hypervisor
 from vmmigrate.hypervisor.plan import guest_plan, layout_of
 from vmmigrate.net.identity import Identity
+from vmmigrate.net.threads import open_group
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import Epoch
+from vmmigrate.ownership.requests import Request
 from vmmigrate.ownership.state import Holding, Incoming
 from vmmigrate.spec import build, chain
 from vmmigrate.spec.creatable import check_creatable
@@ -62,6 +64,7 @@ class Host:
         indeterminate: By instance id, why nothing may be decided about it: an operator has to look.
         strays: By instance id: processes that the journal does not explain, and named ones that were not adopted.
         nursery: Owns the watch over every guest, and every migration.
+        on_guest_end: Told of an outgoing migration that ended because its guest did, once that is durable, and why.
         fatal: Set when the journal is poisoned: the daemon must exit, its restart reads the journal anew.
     """
 
@@ -85,6 +88,7 @@ class Host:
         self.arrivals: dict[str, Instance] = {}
         self.indeterminate: dict[str, str] = {}
         self.strays: dict[str, list[GuestProcess]] = {}
+        self.on_guest_end: Callable[[str, VmMigrateError], None] = lambda migration_id, error: None
         self._creating = trio.Lock()
         self.failure: JournalError | None = None
         self.fatal = trio.Event()
@@ -244,14 +248,22 @@ class Host:
         instance_id = instance.document.instance_id
         known = self.journal.state.instances.get(instance_id)
         spawned = known.guest if known else None
-        await guest.wait_exit()
+        error = await _how_it_ends(guest)
         if instance.guest is not guest or spawned is None:
             return  # ended on purpose, or given away
+        ended: rules.Event = rules.Lose(instance_id, error.text, spawned)
+        if error.code == "guest_powered_off":
+            ended = rules.PowerOff(instance_id, spawned)
         with self.journal_failures():
-            decision = await self.journal.commit(rules.Lose(instance_id, "the guest process ended by itself", spawned))
-            if decision.records:
-                log.error("guest.lost", instance=instance_id, pid=guest.process.pid)
+            async with instance.lock:
+                migration = self.journal.state.open_outgoing(instance_id)
+                decision = await self.journal.commit(ended)
+                if not decision.records:
+                    return
+                log.warning("guest.ended", instance=instance_id, pid=guest.process.pid, code=error.code)
                 instance.guest = None
+                if migration is not None and self.journal.state.open_outgoing(instance_id) is None:
+                    self.on_guest_end(migration, error)
                 await guest.destroy()
 
     def journal_failures(self) -> JournalFailures:
@@ -296,10 +308,8 @@ class Host:
 
         Raises: RequestError, OwnershipRefusal, HypervisorError; then it is stopped.
         """
-        instance = self.instance(instance_id)
-        async with instance.lock:
+        async with self._asked(instance_id, Request.START) as instance:
             known = self.journal.state.instances[instance_id]
-            self._check_free(instance_id)
             if instance.guest is not None:
                 await instance.guest.run(known.epoch)
                 return
@@ -319,26 +329,34 @@ class Host:
             log.info("instance.started", instance=instance_id, pid=guest.process.pid)
 
     async def stop(self, instance_id: str) -> None:
-        """End the guest. Idempotent. Raises: RequestError `migrating`, OwnershipRefusal."""
-        instance = self.instance(instance_id)
-        async with instance.lock:
-            self._check_free(instance_id)
+        """End the guest. Idempotent. Raises: RequestError, OwnershipRefusal."""
+        async with self._asked(instance_id, Request.STOP) as instance:
             await self.journal.commit(rules.Stop(instance_id))
             await self._end_guest(instance)
             log.info("instance.stopped", instance=instance_id)
 
     async def pause(self, instance_id: str) -> None:
-        """Pause the guest as an operator. Raises: RequestError `migrating`, `not_running`."""
-        instance = self.instance(instance_id)
-        async with instance.lock:
-            self._check_free(instance_id)
+        """Pause the guest as an operator. Raises: RequestError, OwnershipRefusal."""
+        async with self._asked(instance_id, Request.PAUSE):
             await self.guest(instance_id).pause()
+
+    async def reboot(self, instance_id: str) -> None:
+        """Press the guest's reset button. Raises: RequestError, OwnershipRefusal."""
+        async with self._asked(instance_id, Request.REBOOT):
+            await self.guest(instance_id).reboot()
+            log.info("instance.rebooted", instance=instance_id)
+
+    async def type_keys(self, instance_id: str, port: str, keys: bytes) -> None:
+        """Type on the guest's console. Raises: RequestError, OwnershipRefusal."""
+        self.permit(instance_id, Request.TYPE)
+        guest = self.guest(instance_id)
+        names = [serial.name for serial in guest.plan.serial_ports]
+        check_port(names, port)
+        await guest.console_input(port, keys)
 
     async def delete(self, instance_id: str) -> None:
         """Stop and forget the instance. Raises: RequestError, OwnershipRefusal."""
-        instance = self.instance(instance_id)
-        async with instance.lock:
-            self.check_determinate(instance_id)
+        async with self._asked(instance_id, Request.DELETE) as instance:
             await self.journal.commit(rules.Remove(instance_id))
             await self._end_guest(instance)
             del self.instances[instance_id]
@@ -350,11 +368,22 @@ class Host:
         if guest is not None:
             await guest.destroy()
 
-    def _check_free(self, instance_id: str) -> None:
-        """The rules for stopping are those for every change by an operator: ours, not in doubt, not migrating."""
+    def permit(self, instance_id: str, request: Request) -> None:
+        """Nothing when *request* may be done to the instance now. Raises: RequestError, OwnershipRefusal."""
         self.check_determinate(instance_id)
-        self.instance(instance_id)
-        rules.decide(self.journal.state, rules.Stop(instance_id))
+        rules.permit(self.journal.state, instance_id, request)
+        if instance_id not in self.instances:
+            # Started here this very moment, and not among ours yet.
+            raise RequestError(f"instance {instance_id} is arriving: ask again when it is here", code="arriving")
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, instance_id: str, request: Request) -> AsyncIterator[Instance]:
+        """The instance, with its lock; refused before and after the wait for that. Raises: as `permit`."""
+        self.permit(instance_id, request)
+        instance = self.instance(instance_id)
+        async with instance.lock:
+            self.permit(instance_id, request)
+            yield instance
 
     # -- given to another host by an operator ----------------------------------------------------------------------
 
@@ -457,6 +486,23 @@ async def _silence(guest: Guest, epoch: Epoch, record: int) -> None:
             raise
 
 
+async def _how_it_ends(guest: Guest) -> HypervisorError:
+    """Wait until *guest* has powered itself off, or its process is gone; which of both."""
+    error = HypervisorError("the guest process ended by itself", code="guest_lost")
+    async with open_group() as group:
+
+        async def wait_power_off() -> None:
+            nonlocal error
+            await guest.wait_power_off()
+            error = HypervisorError("the guest powered itself off", code="guest_powered_off")
+            group.cancel_scope.cancel()
+
+        group.start_soon(wait_power_off)
+        await guest.wait_exit()
+        group.cancel_scope.cancel()
+    return error
+
+
 class JournalFailures:
     """Ends the daemon on a poisoned journal; other errors of ours pass."""
 
@@ -471,6 +517,12 @@ class JournalFailures:
         self._host.failure = exc
         self._host.fatal.set()
         return True
+
+
+def check_port(ports: list[str], wanted: str) -> None:
+    """Raises: RequestError `unknown_port`."""
+    if wanted not in ports:
+        raise RequestError(f"no serial port {wanted!r} (there are: {', '.join(ports) or 'none'})", code="unknown_port")
 
 
 def _decode_blobs(blobs: Mapping[str, str]) -> dict[str, bytes]:

@@ -44,6 +44,7 @@ from vmmigrate.net.secrets import ticket_hash
 from vmmigrate.net.tls import ServerCredentials, TlsStream, close_tls, connect_tls
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
+from vmmigrate.ownership.requests import Request
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
 from vmmigrate.ownership.state import OPEN_INCOMING, Holding, Incoming, Outgoing
 from vmmigrate.spec import amend
@@ -96,6 +97,8 @@ class Migrations:
             handoff_window_s=limits.handoff_window_s, verdict_s=limits.verdict_s, resume_s=limits.resume_window_s
         )
 
+        host.on_guest_end = self._guest_ended
+
     # -- what is known ---------------------------------------------------------------------------------------------
 
     def describe(self, migration_id: str) -> dict[str, Any]:
@@ -133,6 +136,7 @@ class Migrations:
         Raises: RequestError, OwnershipRefusal, HypervisorError (`not_migratable`); nothing was made.
         """
         host = self.host
+        host.permit(instance_id, Request.MIGRATE_OUT)
         guest = host.guest(instance_id)
         if request.destination_host == host.identity.name:
             raise RequestError(f"instance {instance_id} is on host {host.identity.name} already", code="same_host")
@@ -141,11 +145,11 @@ class Migrations:
         expires_at_s = int(time.time()) + host.config.limits.ticket_s
         destination = Identity(host.identity.trust_domain, Role.HOST, request.destination_host)
         migration = self.make_source(migration_id, instance_id, destination, guest, _options(request))
-        decision = await host.journal.commit(
-            rules.IssueTicket(
-                r.TicketIssued(migration_id, instance_id, request.destination_host, ticket_hash(ticket), expires_at_s)
-            )
+        issue = rules.IssueTicket(
+            r.TicketIssued(migration_id, instance_id, request.destination_host, ticket_hash(ticket), expires_at_s)
         )
+        async with host.instance(instance_id).lock:  # whatever was asked of the guest before is done
+            decision = await host.journal.commit(issue)
         for record in decision.records:
             if isinstance(record, r.Ended):
                 newer = RequestError("a newer migration took its place", code="superseded")
@@ -261,6 +265,13 @@ class Migrations:
         self._enter(resume.migration_id, channel)
         await migration.over.wait()
 
+    def _guest_ended(self, migration_id: str, error: VmMigrateError) -> None:
+        """The guest of an outgoing migration ended by itself, and durably the attempt with it."""
+        record = self.records.get(migration_id)
+        if record is not None and record.awaiting_peer and migration_id not in self.channels:
+            self._close_record(migration_id, error)
+        self.abort(migration_id, error)
+
     async def _refuse(self, channel: Channel, error: VmMigrateError) -> None:
         if channel.phase in {phases.Phase.OFFERED, phases.Phase.RESUMING}:
             with trio.move_on_after(CONNECT_DEADLINE_S):
@@ -269,7 +280,10 @@ class Migrations:
             await channel.say_goodbye(error)
 
     async def _run_source(self, channel: Channel, offer: Offer) -> None:
-        migration = self.sources[offer.migration_id]
+        migration = self.sources.get(offer.migration_id)
+        if migration is None:  # its guest ended in the very moment when the ticket was used
+            await channel.say_goodbye(self.cancelled[offer.migration_id])
+            return
         self._enter(migration.migration_id, channel)
         try:
             await migrate_out(channel, offer, migration)

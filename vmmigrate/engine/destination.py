@@ -279,10 +279,11 @@ async def _accept_preamble(channel: Channel, agreed: Agreed, migration: Destinat
         arrival = _read_arrival(answer, agreed, migration)
         migration.guest = await migration.build_guest(arrival)
         _check_facts(answer, migration.guest, migration)
-    except (SpecError, HypervisorError, OwnershipRefusal, NegotiationError) as error:
+    except (SpecError, HypervisorError, OwnershipRefusal, NegotiationError) as failure:
+        error = _of_the_arriving(failure)
         explain.note_refusal(migration.record, error)
         await channel.send(refusal_of(error))
-        raise
+        raise error from failure
     migration.arrival = arrival
     await channel.send(
         m.PreambleOk(
@@ -537,6 +538,7 @@ async def _open_in_time(guest: Guest, epoch: Epoch, start_s: float) -> None:
 async def _return_guest(migration: DestinationMigration, error: VmMigrateError) -> None:
     """Close everything, make `returned` durable, remove the guest: the source may take it back."""
     assert migration.guest is not None
+    error = _of_the_arriving(error)
     with contextlib.suppress(HypervisorError):
         await migration.guest.close_backends()
     # Only a guest that is gone can surely hold nothing open: it goes before the verdict is given.
@@ -555,6 +557,7 @@ async def _tell_verdict(channel: Channel, migration: DestinationMigration) -> No
 async def _give_up(channel: Channel, migration: DestinationMigration, error: VmMigrateError) -> None:
     """End an attempt before `acquired`: verdict first (when one is due), then tell, then remove the guest."""
     failed_in = channel.session.failed_in or channel.phase
+    error = _of_the_arriving(error)
     with trio.CancelScope(shield=True):
         await migration.journal.commit(rules.Refuse(migration.migration_id, error.code))
         incoming = migration.journal.state.incoming[migration.migration_id]
@@ -566,6 +569,14 @@ async def _give_up(channel: Channel, migration: DestinationMigration, error: VmM
             await migration.guest.destroy()
     migration.record.finish(outcome_of(error, failed_in), error)
     log.info("migration.ended", migration=migration.migration_id, code=error.code, text=error.text)
+
+
+def _of_the_arriving(error: VmMigrateError) -> VmMigrateError:
+    """That the guest under construction here died is no loss: the one at the source is the guest. A code of its own, so
+    that nobody takes it for that."""
+    if isinstance(error, HypervisorError) and error.code == "guest_lost":
+        return HypervisorError(f"the guest under construction: {error.text}", code="arriving_guest_lost")
+    return error
 
 
 async def _tell_refusal(

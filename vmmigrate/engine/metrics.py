@@ -152,7 +152,12 @@ class MigrationRecord:
         }
 
 
-_OUTCOME_BY_CODE = {"cancelled": Outcome.CANCELLED, "timed_out_total": Outcome.TIMED_OUT}
+_OUTCOME_BY_CODE = {
+    "cancelled": Outcome.CANCELLED,
+    "timed_out_total": Outcome.TIMED_OUT,
+    "guest_lost": Outcome.GUEST_LOST,
+    "guest_powered_off": Outcome.FAILED,
+}
 
 
 def outcome_of(error: VmMigrateError, failed_in: Phase | None) -> Outcome:

@@ -182,7 +182,7 @@ async def _take_back(migration: SourceMigration, error: VmMigrateError) -> None:
     """Run the guest again, under the epoch that the journal now holds."""
     if migration.guest is None:
         _note_lost(migration, HypervisorError("the guest process ended while it was in doubt", code="guest_lost"))
-    elif await _resume(migration):
+    elif await _resume(migration) is None:
         called_off = error.code == MigrationCancelled.default_code
         migration.record.finish(Outcome.CANCELLED if called_off else Outcome.FAILED, error)
         log.info("migration.reclaimed", migration=migration.migration_id, code=error.code, text=error.text)
@@ -198,9 +198,11 @@ async def undo(channel: Channel, migration: SourceMigration, error: VmMigrateErr
     outgoing = migration.journal.state.outgoing[migration.migration_id]
     with trio.CancelScope(shield=True):
         under_way = outgoing.stage in {Outgoing.ACTIVE, Outgoing.PAUSING}
-        if under_way and migration.offered is not None and not await _resume(migration):
-            await channel.say_goodbye(error)
-            return
+        if under_way and migration.offered is not None:
+            failure = await _resume(migration)
+            if failure is not None:
+                await channel.say_goodbye(failure)
+                return
         error = await channel.true_reason(error)
         await channel.say_goodbye(error)
         if under_way:
@@ -209,22 +211,21 @@ async def undo(channel: Channel, migration: SourceMigration, error: VmMigrateErr
     log.info("migration.ended", migration=migration.migration_id, code=error.code, text=error.text)
 
 
-async def _resume(migration: SourceMigration) -> bool:
-    """Try until the guest is what it was before the attempt. False: it is lost, or did not obey in `undo_s`."""
+async def _resume(migration: SourceMigration) -> HypervisorError | None:
+    """Try until the guest is what it was before the attempt. Else why not: it is lost, or did not obey in `undo_s`."""
     failure: HypervisorError | None = None
     with trio.move_on_after(migration.deadlines.undo_s):
         while True:
             try:
                 await _resume_once(migration)
-                return True
+                return None
             except HypervisorError as exc:
                 failure = exc
                 if exc.code == "guest_lost":
                     break
                 log.warning("migration.resume_failed", migration=migration.migration_id, code=exc.code, text=exc.text)
                 await trio.sleep(RESUME_AGAIN_S)
-    await _guest_is_gone(migration, failure or HypervisorError("no answer", code="guest_unresponsive"))
-    return False
+    return await _guest_is_gone(migration, failure or HypervisorError("no answer", code="guest_unresponsive"))
 
 
 async def _resume_once(migration: SourceMigration) -> None:
@@ -245,16 +246,17 @@ async def _resume_once(migration: SourceMigration) -> None:
     await guest.note_record(migration.journal.newest_record)
 
 
-async def _guest_is_gone(migration: SourceMigration, exc: HypervisorError) -> None:
-    """The guest could not be resumed: it is lost, or it does not answer; say which."""
+async def _guest_is_gone(migration: SourceMigration, exc: HypervisorError) -> HypervisorError:
+    """The guest could not be resumed: it is lost, or it does not answer; say which, as the record does."""
     log.error("migration.not_resumed", migration=migration.migration_id, instance=migration.instance_id, why=str(exc))
     if exc.code == "guest_lost":
         await migration.journal.commit(rules.Lose(migration.instance_id, exc.text))
         _note_lost(migration, exc)
-        return
+        return exc
     # The journal still says `pausing`: the next start of the daemon undoes the pause.
-    text = f"the guest could not be resumed at the source: {exc}"
-    migration.record.finish(Outcome.FAILED, HypervisorError(text, code="not_resumed"))
+    failure = HypervisorError(f"the guest could not be resumed at the source: {exc}", code="not_resumed")
+    migration.record.finish(Outcome.FAILED, failure)
+    return failure
 
 
 def _note_lost(migration: SourceMigration, exc: HypervisorError) -> None:

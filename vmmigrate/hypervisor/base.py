@@ -229,18 +229,32 @@ class Guest(Protocol):
     async def run(self, epoch: tuple[int, int]) -> None:
         """Start or resume the vCPUs. Refused (`stale_epoch`) when the guest has seen a higher epoch.
 
-        Opens the backends first when they are closed, so a source that takes its guest back needs only this.
+        Opens the backends first when they are closed, so a source that takes its guest back needs only this. A guest
+        that has powered itself off stays off, and that is no error: whoever waits for it hears of it.
         """
 
     async def pause(self) -> None:
         """Pause as an operator would."""
 
+    async def reboot(self) -> None:
+        """Reset the machine, as its reset button does: what runs on it begins anew. It stays running, or paused.
+
+        Refused (`guest_paused_for_handoff`) after `pause_for_handoff`: it would not arrive.
+        """
+
+    async def wait_power_off(self) -> None:
+        """Return when the guest has powered itself off. Its process stays until `destroy`, holds no disk open, and
+        never runs again. That the process is gone is told by `wait_exit`, and never by this.
+        """
+
     async def pause_for_handoff(self, migration_id: str) -> None:
         """Pause so that the guest stays paused even if this daemon dies now.
 
-        Flushes and closes the backends too, so that the destination may open them.
+        Flushes and closes the backends too, so that the destination may open them. After this call the guest cannot
+        power itself off.
 
-        Raises: HypervisorError `flush_failed`: a disk did not take what the guest wrote; the guest goes on as it was.
+        Raises: HypervisorError `flush_failed`: a disk did not take what the guest wrote; `guest_powered_off`: it has
+            powered itself off. The guest is then as it was.
         """
 
     async def open_backends(self, epoch: tuple[int, int]) -> None:
@@ -302,7 +316,9 @@ class Guest(Protocol):
     async def import_console_history(self, history: ConsoleHistory) -> None: ...
 
     async def console_input(self, port: str, keys: bytes) -> None:
-        """Type on the serial console."""
+        """Type on the serial console. Refused (`guest_paused_for_handoff`) after `pause_for_handoff`: the port may have
+        been exported already, and the keys would be lost.
+        """
 
     async def note_record(self, number: int) -> None:
         """Tell the guest the number of the newest journal record, so that a shorter journal is noticed later."""

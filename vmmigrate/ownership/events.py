@@ -51,6 +51,14 @@ class Lose:
 
 
 @dataclass(frozen=True, slots=True)
+class PowerOff:
+    """The guest in the process *guest* has powered itself off: it is stopped, and not lost."""
+
+    instance: str
+    guest: r.Spawned
+
+
+@dataclass(frozen=True, slots=True)
 class IssueTicket:
     ticket: r.TicketIssued
 
@@ -197,6 +205,7 @@ Event = (
     | Stop
     | Remove
     | Lose
+    | PowerOff
     | IssueTicket
     | ConsumeTicket
     | BeginPause

@@ -27,6 +27,7 @@ from vmmigrate.ownership.events import (
     IssueTicket,
     Lose,
     Notify,
+    PowerOff,
     Prepare,
     Refuse,
     Release,
@@ -43,6 +44,7 @@ from vmmigrate.ownership.events import (
     Yield,
 )
 from vmmigrate.ownership.records import FIRST_EPOCH, NO_EPOCH, Epoch, Record
+from vmmigrate.ownership.requests import DONE, Request, refusal
 from vmmigrate.ownership.state import (
     GIVEN_AWAY,
     Holding,
@@ -70,6 +72,7 @@ __all__ = [
     "Notice",
     "Notify",
     "OwnershipRefusal",
+    "PowerOff",
     "Prepare",
     "Refuse",
     "Release",
@@ -86,6 +89,7 @@ __all__ = [
     "Yield",
     "decide",
     "notices",
+    "permit",
     "verdict",
 ]
 
@@ -114,6 +118,21 @@ def decide(state: Ownership, event: Event) -> Decision:
 
 
 # --------------------------------------------------------------------------- instances
+
+
+def permit(state: Ownership, instance: str, request: Request) -> None:
+    """Nothing when *request* may be done to *instance* just now.
+
+    Raises: RequestError, OwnershipRefusal: the code is that of `requests.REFUSALS`.
+    """
+    code, text = refusal(state, instance, request)
+    if code in _BY_OWNERSHIP:
+        raise OwnershipRefusal(text, code=code)
+    if code != DONE:
+        raise RequestError(text, code=code)
+
+
+_BY_OWNERSHIP = frozenset({"in_doubt", "not_owner", "superseded"})
 
 
 def _instance(state: Ownership, instance: str) -> InstanceState:
@@ -161,26 +180,27 @@ def _spawn(state: Ownership, event: Spawn) -> Decision:
 
 
 def _stop(state: Ownership, event: Stop) -> Decision:
-    known = _held(state, event.instance)
-    migration = state.open_outgoing(event.instance)
-    if migration is not None:
-        raise RequestError(
-            f"instance {event.instance} is migrating as {migration}: cancel that first", code="migrating"
-        )
-    return Decision((r.Stopped(event.instance),) if known.guest else ())
+    permit(state, event.instance, Request.STOP)
+    return Decision((r.Stopped(event.instance),) if state.instances[event.instance].guest else ())
 
 
 def _remove(state: Ownership, event: Remove) -> Decision:
-    known = _instance(state, event.instance)
+    permit(state, event.instance, Request.DELETE)
+    known = state.instances[event.instance]
     if known.holding is Holding.LOST:
         return Decision((r.Removed(event.instance, "lost"),))
-    if known.holding is Holding.ELSEWHERE:
-        raise OwnershipRefusal(
-            f"instance {event.instance} runs elsewhere since migration {known.last_migration}: delete it there",
-            code="not_owner",
-        )
-    stop = _stop(state, Stop(event.instance))
-    return Decision((*stop.records, r.Removed(event.instance, "deleted")))
+    stopped = (r.Stopped(event.instance),) if known.guest else ()
+    return Decision((*stopped, r.Removed(event.instance, "deleted")))
+
+
+def _power_off(state: Ownership, event: PowerOff) -> Decision:
+    """A guest that is paused for a handoff cannot power itself off; one in doubt is none of ours."""
+    known = state.instances.get(event.instance)
+    if known is None or known.holding is not Holding.HELD or known.guest != event.guest:
+        return Decision()
+    migration = state.open_outgoing(event.instance)
+    ended = () if migration is None else _end_attempt(state, EndAttempt(migration, "guest_powered_off")).records
+    return Decision((*ended, r.Stopped(event.instance)))
 
 
 def _lose(state: Ownership, event: Lose) -> Decision:
@@ -209,16 +229,13 @@ def _outgoing(state: Ownership, migration: str) -> OutgoingState:
 
 def _issue_ticket(state: Ownership, event: IssueTicket) -> Decision:
     ticket = event.ticket
-    if _held(state, ticket.instance).guest is None:
+    permit(state, ticket.instance, Request.MIGRATE_OUT)
+    if state.instances[ticket.instance].guest is None:
         raise RequestError(f"instance {ticket.instance} has no guest on this host; start it", code="not_running")
     if ticket.migration in state.outgoing or ticket.migration in state.incoming:
         raise RequestError(f"migration id {ticket.migration} was used before", code="migration_exists")
     previous = state.open_outgoing(ticket.instance)
-    if previous is None:
-        return Decision((ticket,))
-    if state.outgoing[previous].stage is not Outgoing.AWAITING_PEER:
-        raise RequestError(f"instance {ticket.instance} is migrating as {previous}", code="already_migrating")
-    return Decision((r.Ended(previous, "superseded"), ticket))
+    return Decision((ticket,) if previous is None else (r.Ended(previous, "superseded"), ticket))
 
 
 def _consume_ticket(state: Ownership, event: ConsumeTicket) -> Decision:
@@ -310,17 +327,7 @@ def _reserve(state: Ownership, event: Reserve) -> Decision:
     wanted = event.reserved
     if wanted.migration in state.incoming or wanted.migration in state.outgoing:
         raise RequestError(f"migration id {wanted.migration} was used before", code="migration_exists")
-    known = state.instances.get(wanted.instance)
-    if known is not None and known.holding in {Holding.HELD, Holding.ACQUIRED}:
-        raise RequestError(f"instance {wanted.instance} is owned by this very host", code="instance_exists")
-    if known is not None and known.holding is Holding.RELEASED:
-        raise OwnershipRefusal(
-            f"instance {wanted.instance}: this host is in doubt about migration {known.last_migration}",
-            code="in_doubt",
-        )
-    other = state.open_incoming(wanted.instance)
-    if other is not None:
-        raise RequestError(f"instance {wanted.instance} is arriving as {other} already", code="already_migrating")
+    permit(state, wanted.instance, Request.MIGRATE_IN)
     return Decision((wanted,))
 
 
@@ -531,6 +538,7 @@ _DECIDE: Mapping[type[Event], Callable[[Ownership, Any], Decision]] = {
     Stop: _stop,
     Remove: _remove,
     Lose: _lose,
+    PowerOff: _power_off,
     IssueTicket: _issue_ticket,
     ConsumeTicket: _consume_ticket,
     BeginPause: _begin_pause,

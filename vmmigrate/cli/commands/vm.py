@@ -101,6 +101,17 @@ def stop(instance_id: InstanceId, /, *, url: UrlOption, output: OutputOption = "
 
 
 @app.command
+def reboot(
+    instance_id: InstanceId, /, *, url: UrlOption, output: OutputOption = "text", tls: ClientTls = NO_TLS
+) -> int:
+    """Press the guest's reset button. What was in its RAM is gone; it keeps its process, and what it wrote on consoles.
+
+    For example: vmmigrate vm reboot web-1 --url https://host-a:7441
+    """
+    return _act(f"{_path(instance_id)}:reboot", url, tls, output)
+
+
+@app.command
 def pause(instance_id: InstanceId, /, *, url: UrlOption, output: OutputOption = "text", tls: ClientTls = NO_TLS) -> int:
     """Hold the guest where it is; vm start lets it run on. A paused guest arrives paused.
 

@@ -15,6 +15,7 @@ from vmmigrate.hypervisor import kernel
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
 
 WORDS_PER_PAGE = PAGE_SIZE // 8
+_CLEAR_PAGES = 1024
 _F_ADD_SEALS = 1033
 _SEAL_SHRINK, _SEAL_GROW = 2, 4
 
@@ -75,6 +76,16 @@ class GuestMemory:
         row[word + 1] = second
         if self._noted is not None:
             self._noted[page] = True
+
+    def clear(self, keep_page: int) -> None:
+        """Write zeros to every page that was ever touched, but for *keep_page*. Written and not given back: holes are
+        invisible to the tracker."""
+        populated = self.populated()
+        populated[keep_page] = False
+        pages = np.flatnonzero(populated)
+        for start in range(0, len(pages), _CLEAR_PAGES):
+            piece = pages[start : start + _CLEAR_PAGES]
+            self.rewrite(piece, np.zeros((len(piece), WORDS_PER_PAGE), dtype=np.uint64))
 
     def start_noting(self) -> None:
         """Software tracking: from now on note every write; nothing is noted yet."""

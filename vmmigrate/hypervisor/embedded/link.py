@@ -113,6 +113,8 @@ class GuestLink:
         except OSError:
             self._drop()
             raise
+        except trio.ClosedResourceError:  # another request gave up in the middle of its frame
+            raise EOFError from None
         if not chunk:
             self._drop()
             raise EOFError

@@ -24,7 +24,14 @@ from vmmigrate.hypervisor.embedded import devices as machine_devices
 from vmmigrate.hypervisor.embedded.backends import VionaBackend, make_backend
 from vmmigrate.hypervisor.embedded.guestram import GuestMemory
 from vmmigrate.hypervisor.embedded.heartbeat import HEARTBEAT_PAGE, Heartbeat
-from vmmigrate.hypervisor.embedded.programs import Progress, Surroundings, load_program, program_problems
+from vmmigrate.hypervisor.embedded.programs import (
+    Deed,
+    Program,
+    Progress,
+    Surroundings,
+    load_program,
+    program_problems,
+)
 from vmmigrate.hypervisor.embedded.uart import Uart
 from vmmigrate.hypervisor.embedded.witness import Witness
 
@@ -39,6 +46,7 @@ class Machine:
 
     Attributes:
         running: Whether the vCPU executes.
+        is_off: The guest has powered itself off: it never runs again, and holds no disk open.
         last_record: The highest journal record number that a daemon told.
     """
 
@@ -47,6 +55,7 @@ class Machine:
     ) -> None:
         self.plan, self.stamp, self.memory = plan, stamp, memory
         self.running = False
+        self.is_off = False
         self.last_record = 0
         self._witness = witness
         self._epoch_seen = stamp.epoch
@@ -88,10 +97,52 @@ class Machine:
         now_ns = time.monotonic_ns()
         self._heartbeat.beat(now_ns)
         self._witness.beat(self._heartbeat.counter, now_ns)
-        self._program.work(self._heartbeat.counter, now_ns + SLICE_NS)
+        deed = self._program.work(self._heartbeat.counter, now_ns + SLICE_NS)
+        if deed is not None:
+            self._do(deed)
+
+    def _do(self, deed: Deed) -> None:
+        """What the guest does to its own machine."""
+        if deed is Deed.POWER_OFF:
+            self.running, self.is_off = False, True
+            self.close_backends()
+        elif deed is Deed.REBOOT:
+            self.reboot()
+        else:
+            raise RuntimeError("the guest crashed its machine")  # and with it this process
+
+    def reboot(self) -> None:
+        """Start the program from its beginning, in cleared memory. Running or paused: it stays that.
+
+        The heartbeat counts on: it belongs to the machine, not to what runs on it.
+
+        Raises: HypervisorError `guest_paused_for_handoff`, `not_imported`.
+        """
+        self._check_not_handed_off()
+        if self._awaits_import:
+            raise HypervisorError("built for a migration, and its devices have not come yet", code="not_imported")
+        self.memory.clear(keep_page=HEARTBEAT_PAGE)
+        for uart in self._uarts:
+            uart.reset()
+            uart.history.append(b"reboot\r\n")
+        self._program = load_program(self._program.name, self._program.parameters, self._around)
+
+    def type_keys(self, port: str, keys: bytes) -> None:
+        """Raises: HypervisorError `guest_paused_for_handoff`: the port's state may have been exported already;
+        `unknown_port`, `console_full`."""
+        uart = self.uart(port)
+        self._check_not_handed_off()
+        uart.type_keys(keys)
+
+    def _check_not_handed_off(self) -> None:
+        if self._handoff is not None and not self._backends_open:
+            text = f"paused for migration {self._handoff}: what is done to it now would not arrive"
+            raise HypervisorError(text, code="guest_paused_for_handoff")
 
     def run(self, epoch: tuple[int, int]) -> None:
         """Start or resume; opens the backends when they are closed. Running already: only the epoch counts.
+
+        A guest that has powered itself off stays off: this call came first, and then it did that.
 
         Raises:
             HypervisorError: `stale_epoch`, `not_imported`, or what a backend says. The guest stays as it was.
@@ -99,10 +150,11 @@ class Machine:
         self._check_epoch(epoch)
         if self._awaits_import:
             raise HypervisorError("built for a migration, and its devices have not come yet", code="not_imported")
-        self.open_backends(epoch)
+        if not self.is_off:
+            self.open_backends(epoch)
         self._handoff = None
         self._epoch_run = epoch
-        if not self.running:
+        if not self.running and not self.is_off:
             self._witness.begin(self.stamp.epoch)
             self._heartbeat.resume()
             self.running = self._has_run = True
@@ -113,18 +165,24 @@ class Machine:
     def pause_for_handoff(self, migration_id: str) -> None:
         """Pause, and let go of disks and NICs so that another host may open them.
 
-        Raises: HypervisorError `flush_failed`: the guest goes on; another host would not find what it wrote.
+        Raises: HypervisorError `guest_powered_off`: there is nothing to hand off any more; `flush_failed`: the guest
+            goes on; another host would not find what it wrote.
         """
+        if self.is_off:
+            raise HypervisorError("the guest has powered itself off", code="guest_powered_off")
         self._flush_backends()  # a single thread: the guest writes nothing between this and the pause
         self.running = False
         self._handoff = migration_id
         self.close_backends()
 
     def silence(self, epoch: tuple[int, int]) -> None:
-        """Pause and close everything; an epoch below *epoch* is refused from now on."""
+        """Pause and close everything; an epoch below *epoch* is refused from now on.
+
+        Nothing is flushed: the disks are another host's, and a disk that fails must not keep them open.
+        """
         self.running = False
         self._epoch_seen = max(self._epoch_seen, epoch)
-        self.close_backends()
+        self._let_go_of_backends()
 
     def open_backends(self, epoch: tuple[int, int]) -> None:
         """Open all backends or none. Raises: HypervisorError `stale_epoch`, or what a backend says."""
@@ -148,6 +206,9 @@ class Machine:
         if self.running:
             raise HypervisorError("backends of a running guest stay open: pause it first", code="guest_running")
         self._flush_backends()
+        self._let_go_of_backends()
+
+    def _let_go_of_backends(self) -> None:
         for backend in self._all_backends():
             backend.close()
         self._backends_open = False
@@ -205,14 +266,24 @@ class Machine:
     def self_check(self) -> Iterator[dict[str, Any] | None]:
         """Check RAM and the disk under test in small pieces: yields None after each, a verdict at the end.
 
-        Between two pieces the guest may go on: every piece is judged by processor state as it is then.
+        Between two pieces the guest may go on: every piece is judged by processor state as it is then. When it reboots
+        meanwhile, the check begins again.
         """
+        while True:
+            program = self._program
+            for verdict in self._check(program):
+                if self._program is not program:
+                    break
+                yield verdict
+            else:
+                return
+
+    def _check(self, program: Program) -> Iterator[dict[str, Any] | None]:
         checked = 1 if self._heartbeat.counter else 0
-        if reason := self._heartbeat.ring_problem() or self._program.disk_problem():
+        if reason := self._heartbeat.ring_problem() or program.disk_problem():
             yield _bad(checked, HEARTBEAT_PAGE if "heartbeat" in reason else None, reason)
             return
         yield None
-        program = self._program
         for bad_page in program.find_bad_pages():
             if bad_page is not None:
                 yield _bad(checked, bad_page, "a page of the working set is not as it was written last")

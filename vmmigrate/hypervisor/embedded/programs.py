@@ -10,6 +10,10 @@ and holds a fixed random page, XOR a 64-bit key of (page number, generation, see
 other page and from each of its own earlier versions in every word. Page 0 belongs to the heartbeat and is never part of
 the working set, so a guest with one page of RAM has an empty one. A working set is spread evenly over the regions.
 
+With `power_keys`, `idle` and `stress` obey keys typed on their first serial port, so that a guest can do by itself what
+guests do: `p` powers it off, `r` reboots it, `c` crashes it. A key that waits in the port while the guest moves is
+obeyed where it arrives.
+
 Work comes in bounded slices between heartbeats; processor state changes only after the memory it speaks of, and a
 guest is paused only between slices.
 """
@@ -20,6 +24,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -39,12 +44,24 @@ _DISK_BLOCKS: Final = 256
 _DISK_BLOCK_BASE: Final = 1 << 48  # no page number comes near
 _CONSOLE_PERIOD_BEATS: Final = 1000
 _ECHO_BYTES_PER_SLICE: Final = 512
+_KEYS_PER_SLICE: Final = 16
 PATTERNS: Final = ("full", "sparse", "compressible")
 
 _BASE: Final[Words] = np.random.Generator(np.random.PCG64(20261120)).integers(
     0, 1 << 64, size=WORDS_PER_PAGE, dtype=np.uint64
 )
 _C1, _C2, _C3 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+class Deed(StrEnum):
+    """What a guest does to its own machine."""
+
+    POWER_OFF = "power_off"
+    REBOOT = "reboot"
+    CRASH = "crash"
+
+
+_DEED_OF_KEY: Final = {"p": Deed.POWER_OFF, "r": Deed.REBOOT, "c": Deed.CRASH}
 
 
 @dataclass(slots=True)
@@ -70,8 +87,9 @@ class Program(Protocol):
     parameters: Mapping[str, Any]
     progress: Progress
 
-    def work(self, heartbeat: int, deadline_ns: int) -> None:
-        """A slice of work, over by *deadline_ns* (CLOCK_MONOTONIC) or one small batch later."""
+    def work(self, heartbeat: int, deadline_ns: int) -> Deed | None:
+        """A slice of work, over by *deadline_ns* (CLOCK_MONOTONIC) or one small batch later; what the guest then does
+        to its machine."""
 
     def own_pages(self) -> Numbers:
         """All pages that this program writes, ascending."""
@@ -92,9 +110,18 @@ class Idle:
         self.progress = Progress()
         self._around = around
 
-    def work(self, heartbeat: int, deadline_ns: int) -> None:
+    def work(self, heartbeat: int, deadline_ns: int) -> Deed | None:
         if heartbeat % _CONSOLE_PERIOD_BEATS == 0 and self._around.uarts:
             self._around.uarts[0].guest_write(f"heartbeat {heartbeat}\r\n".encode())
+        return self._obey_keys() if self.parameters.get("power_keys", False) else None
+
+    def _obey_keys(self) -> Deed | None:
+        """The first deed among the keys that were typed; the others are dropped."""
+        for uart in self._around.uarts[:1]:
+            for key in uart.guest_read(_KEYS_PER_SLICE).decode("latin-1"):
+                if key in _DEED_OF_KEY:
+                    return _DEED_OF_KEY[key]
+        return None
 
     def own_pages(self) -> Numbers:
         return np.zeros(0, dtype=np.int64)
@@ -111,10 +138,11 @@ class Echo(Idle):
 
     name = "echo"
 
-    def work(self, heartbeat: int, deadline_ns: int) -> None:
+    def work(self, heartbeat: int, deadline_ns: int) -> Deed | None:
         for uart in self._around.uarts:
             if keys := uart.guest_read(_ECHO_BYTES_PER_SLICE):
                 uart.guest_write(keys)
+        return None
 
 
 class Stress(Idle):
@@ -140,8 +168,8 @@ class Stress(Idle):
         self._last_ns = 0
         self._credit = 0.0
 
-    def work(self, heartbeat: int, deadline_ns: int) -> None:
-        super().work(heartbeat, deadline_ns)
+    def work(self, heartbeat: int, deadline_ns: int) -> Deed | None:
+        deed = super().work(heartbeat, deadline_ns)
         now_ns = time.monotonic_ns()
         self._credit += self._rate * min(now_ns - self._last_ns, _CREDIT_CAP_NS) / 1e9 if self._last_ns else 0.0
         self._last_ns = now_ns
@@ -152,6 +180,7 @@ class Stress(Idle):
             self._rewrite_some(deadline_ns)
         if self._disk is not None and heartbeat % _DISK_PERIOD_BEATS == 0:
             self._write_block(self._disk)
+        return deed
 
     def _fill_some(self, deadline_ns: int) -> None:
         while self.progress.filled_pages < len(self._pages) and time.monotonic_ns() < deadline_ns:
@@ -237,7 +266,12 @@ _INTEGERS: Final = {
     "rate_pages_per_s": (0, 1 << 24),
     "seed": (0, (1 << 64) - 1),
 }
-_FLAGS: Final = ("fill", "disk_io")
+_FLAGS: Final = ("fill", "disk_io", "power_keys")
+_PARAMETERS: Final[Mapping[str, frozenset[str]]] = {
+    "idle": frozenset({"power_keys"}),
+    "echo": frozenset(),
+    "stress": frozenset({*_INTEGERS, *_FLAGS, "pattern"}),
+}
 
 
 def program_problems(name: str, parameters: Mapping[str, Any]) -> list[str]:
@@ -246,7 +280,7 @@ def program_problems(name: str, parameters: Mapping[str, Any]) -> list[str]:
         return [f"program {name!r}: allowed are {', '.join(_PROGRAMS)}"]
     problems = []
     for key, value in parameters.items():
-        if name != "stress" or key not in (*_INTEGERS, *_FLAGS, "pattern"):
+        if key not in _PARAMETERS[name]:
             problems.append(f"program {name}: unknown parameter {key!r}")
         elif key in _INTEGERS and (type(value) is not int or not _INTEGERS[key][0] <= value <= _INTEGERS[key][1]):
             problems.append(f"program {name}: {key} must be an integer from {_INTEGERS[key][0]} to {_INTEGERS[key][1]}")

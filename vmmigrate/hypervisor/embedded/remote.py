@@ -6,6 +6,7 @@ deadline is `guest_unresponsive`, one that talks to another daemon now is `guest
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -36,6 +37,7 @@ from vmmigrate.memory import GIB, PageBitmap
 T = TypeVar("T")
 
 END_DEADLINE_S: Final = 30.0
+_ASK_AGAIN_S: Final = 1.0
 _DYING_S: Final = 1.0  # how long after a cut connection a process may take to be seen dead
 _SELF_CHECK_S_PER_GIB: Final = 60.0
 
@@ -103,6 +105,18 @@ class EmbeddedGuest:
 
     async def pause(self) -> None:
         await self.request("pause")
+
+    async def reboot(self) -> None:
+        await self.request("reboot")
+
+    async def wait_power_off(self) -> None:
+        while not self._gone:
+            with contextlib.suppress(OSError, EOFError, HypervisorError):
+                await self._link.request("wait_power_off")
+                return
+            # Another request broke the connection off, or the process is ending: `wait_exit` tells that.
+            await trio.sleep(_ASK_AGAIN_S)
+        await trio.sleep_forever()
 
     async def pause_for_handoff(self, migration_id: str) -> None:
         await self.request("pause_for_handoff", migration_id=migration_id)

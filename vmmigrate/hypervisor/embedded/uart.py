@@ -54,6 +54,10 @@ class Uart:
         self.name = name
         self.num = num
         self.history = History()
+        self.reset()
+
+    def reset(self) -> None:
+        """As after power-on; the history of what was written stays, and what was typed and not read is gone."""
         self._registers = _after_reset()
         self._receive = bytearray()
         self._pending = bytearray()
