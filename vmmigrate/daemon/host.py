@@ -37,7 +37,7 @@ from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import Epoch
 from vmmigrate.ownership.requests import Request
-from vmmigrate.ownership.state import Holding, Incoming
+from vmmigrate.ownership.state import OPEN_INCOMING, Holding, Incoming
 from vmmigrate.spec import build, chain
 from vmmigrate.spec.creatable import check_creatable
 from vmmigrate.spec.latest import InstanceSpec
@@ -76,7 +76,6 @@ class Host:
         documents: DocumentStore,
         hypervisor: Hypervisor,
         nursery: trio.Nursery,
-        instances: dict[str, Instance],
     ) -> None:
         self.config = config
         self.identity = identity
@@ -84,7 +83,7 @@ class Host:
         self.documents = documents
         self.hypervisor = hypervisor
         self.nursery = nursery
-        self.instances = instances
+        self.instances: dict[str, Instance] = {}
         self.arrivals: dict[str, Instance] = {}
         self.indeterminate: dict[str, str] = {}
         self.strays: dict[str, list[GuestProcess]] = {}
@@ -92,6 +91,12 @@ class Host:
         self._creating = trio.Lock()
         self.failure: JournalError | None = None
         self.fatal = trio.Event()
+
+    def detach(self) -> None:
+        """Let go of every guest; they go on without us."""
+        for instance in [*self.instances.values(), *self.arrivals.values()]:
+            if instance.guest is not None:
+                instance.guest.detach()
 
     # -- what is known ---------------------------------------------------------------------------------------------
 
@@ -443,10 +448,11 @@ class Host:
 
         An arrival whose fate is not durable is left alone: the next start of the daemon finds out.
         """
-        arrival = self.arrivals.pop(migration_id, None)
+        arrival = self.arrivals.get(migration_id)
         incoming = self.journal.state.incoming.get(migration_id)
-        if arrival is None or incoming is None:
+        if arrival is None or incoming is None or incoming.stage in OPEN_INCOMING:
             return
+        del self.arrivals[migration_id]
         if incoming.stage in {Incoming.ABANDONED, Incoming.REFUSED, Incoming.RETURNED}:
             await trio.to_thread.run_sync(self.documents.remove_arrival, migration_id)
         elif incoming.stage is Incoming.STARTED:
@@ -460,6 +466,8 @@ class Host:
             guest, arrival.guest = arrival.guest, None
             if guest is not None and known.holding is Holding.HELD:
                 self.watch(arrival, guest)
+            elif guest is not None:
+                await guest.destroy()  # an operator gave it to another host meanwhile
 
     def host_facts(self) -> dict[str, Any]:
         """Who this host is and what it can do."""

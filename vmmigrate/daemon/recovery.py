@@ -37,7 +37,12 @@ async def recover(host: Host, migrations: Migrations) -> None:
     found = await find_guests(host)
     host.strays = dict(found.strays)
     recovery = _Recovery(host, migrations, found.guests)
-    await recovery.take_all(plan(host.journal.state, found.seen, host.journal.newest_record, found.unreachable))
+    try:
+        await recovery.take_all(plan(host.journal.state, found.seen, host.journal.newest_record, found.unreachable))
+    except BaseException:
+        for guest in found.guests.values():
+            guest.detach()
+        raise
     for instance_id in list(host.instances):
         await host.give_way(instance_id)
 

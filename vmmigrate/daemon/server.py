@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from vmmigrate.daemon.app import make_app
 from vmmigrate.daemon.config import Config
 from vmmigrate.daemon.documents import DocumentStore
-from vmmigrate.daemon.host import Host, Instance
+from vmmigrate.daemon.host import Host
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.daemon.recovery import recover
 from vmmigrate.daemon.resolving import Resolving
@@ -77,13 +77,13 @@ async def run_daemon(
         )
     credentials = ServerCredentials(files, identity)
     journal, documents = await trio.to_thread.run_sync(_open_state, config.directories.state, fsync)
-    instances: dict[str, Instance] = {}
+    host: Host | None = None
     try:
         hypervisor = hypervisor or await EmbeddedHypervisor.open(
             config.directories.runtime, witness_dir=config.directories.witness
         )
         async with open_group() as nursery:
-            host = Host(config, identity, journal, documents, hypervisor, nursery, instances)
+            host = Host(config, identity, journal, documents, hypervisor, nursery)
             nursery.start_soon(_stop_on_failure, host)
             nursery.start_soon(_warn_of_list, credentials)
             if reloads is not None:
@@ -92,7 +92,8 @@ async def run_daemon(
             await trio.sleep_forever()
     finally:
         # Only now: migrations that were under way have been undone, and needed their guests for it.
-        _detach(instances)
+        if host is not None:
+            host.detach()
         journal.close()
 
 
@@ -196,10 +197,3 @@ async def _stop_on_failure(host: Host) -> None:
     await host.fatal.wait()
     assert isinstance(host.failure, JournalError)
     raise host.failure
-
-
-def _detach(instances: Mapping[str, Instance]) -> None:
-    """Let go of the guests; they go on without us."""
-    for instance in instances.values():
-        if instance.guest is not None:
-            instance.guest.detach()
