@@ -24,6 +24,7 @@ from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_erro
 from vmmigrate.hypervisor.embedded import protocol
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
 from vmmigrate.hypervisor.embedded.remote import EmbeddedGuest
+from vmmigrate.hypervisor.embedded.spawn import ProcessWatch
 from vmmigrate.memory import GIB, MIB, PAGE_SIZE, PageBitmap, RamLayout, Region
 
 REPOSITORY = Path(__file__).parents[2]
@@ -265,6 +266,20 @@ async def test_a_cancelled_build_leaves_nothing(hosts: Hosts) -> None:
     assert list(hypervisor.runtime_dir.iterdir()) == []
     assert _open_descriptors() == before
     assert _children() == []
+
+
+async def test_a_process_that_hangs_is_not_said_to_be_gone(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = await _running(hosts)
+    assert isinstance(guest, EmbeddedGuest)
+    guest.end_deadline_s = 0.05
+    with monkeypatch.context() as patched:
+        patched.setattr(ProcessWatch, "kill", lambda _: None)  # as for one that hangs in the kernel
+        assert not await guest.destroy()
+    assert guest.process.socket_path.exists()
+
+    assert await guest.destroy()
+    assert await guest.destroy()
+    assert not guest.process.socket_path.exists()
 
 
 async def test_destroy_frees_every_descriptor_and_file(hosts: Hosts) -> None:

@@ -58,6 +58,25 @@ class UnableToOpen(ObservedHypervisor):
         return guest
 
 
+class HangsInTheKernel(UnableToOpen):
+    """And whose guest's process cannot be ended for a while, as one that waits for a dead disk."""
+
+    may_end = trio.Event()
+
+    async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
+        guest = await super().build(plan, stamp, for_migration=for_migration)
+        really_destroy = guest.destroy
+
+        async def destroy() -> bool:
+            with trio.move_on_after(0.05):
+                await self.may_end.wait()
+                return await really_destroy()
+            return False
+
+        guest.destroy = destroy  # type: ignore[method-assign]
+        return guest
+
+
 class TellsWhenImported(ObservedHypervisor):
     """A host that calls back once the source has sent all but the handoff."""
 
@@ -189,6 +208,26 @@ async def test_a_destination_that_cannot_open_the_disks_returns_the_guest(tmp_pa
         assert (await check(gamma, instance))["consistent"]
         owners = witnesses(fleet, instance)
         assert (owners.single, owners.hosts) == (True, ("alpha", "gamma")), owners.problems
+
+
+async def test_a_guest_is_not_returned_before_its_process_is_gone(tmp_path: Path) -> None:
+    """It may still write to the disks: until then the source hears `pending`, and its guest stays paused."""
+    HangsInTheKernel.may_end = trio.Event()
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha = await fleet.start("alpha", limits="verdict_s = 0.3")
+        beta = await fleet.start("beta", hypervisor_class=HangsInTheKernel)
+        instance = await create(alpha, program=stress(2, 500))
+        migration = await begin(alpha, beta, instance)
+        with trio.fail_after(30):
+            while (await alpha.record(migration))["outcome"] != "unknown":
+                await trio.sleep(0.02)
+
+        assert (await beta.client.get(f"/v1/migrations/{migration}/side"))["verdict"] == "pending"
+        assert (await alpha.instance(instance))["guest"]["run_state"] == "paused"
+        HangsInTheKernel.may_end.set()
+
+        assert (await wait_outcome(alpha, migration))["error"]["code"] == "backend_unavailable"
+        await wait_heartbeats(alpha, instance)
 
 
 async def test_a_source_restarted_in_doubt_stays_paused_until_it_has_asked(tmp_path: Path) -> None:

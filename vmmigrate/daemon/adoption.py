@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from vmmigrate.daemon.documents import InstanceDocument
-from vmmigrate.daemon.host import Host
+from vmmigrate.daemon.host import Host, process_of
 from vmmigrate.errors import HypervisorError, SpecError
 from vmmigrate.hypervisor.base import FoundGuest, Guest, GuestProcess, GuestStamp, GuestStatus, RunState
 from vmmigrate.ownership.records import Epoch, Spawned
@@ -127,10 +127,6 @@ def _document_of(host: Host, spawned: Spawned) -> InstanceDocument | None:
         return host.documents.load_arrival(spawned.migration)
     instance = host.instances.get(spawned.instance)
     return instance.document if instance else None
-
-
-def process_of(spawned: Spawned) -> GuestProcess:
-    return GuestProcess(spawned.pid, spawned.start_ticks, Path(spawned.socket))
 
 
 def _seen(status: GuestStatus) -> SeenGuest:

@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -225,7 +226,13 @@ class Host:
         return plan
 
     async def _spawn(self, document: InstanceDocument, plan: GuestPlan, epoch: Epoch, migration: str | None) -> Guest:
-        """Build a guest and note its process in the journal; nothing is left when that fails."""
+        """Build a guest and note its process in the journal; nothing is left when that fails.
+
+        Raises: HypervisorError: also `guest_unresponsive`: a former process of it hangs, and may hold its disks.
+        """
+        for former in self.journal.state.leftovers:
+            if former.instance == document.instance_id and await trio.Path(former.socket).exists():
+                await self.hypervisor.end_leftover(process_of(former))
         stamp = GuestStamp(document.instance_id, self.identity.name, epoch, migration)
         guest = await self.hypervisor.build(plan, stamp, for_migration=migration is not None)
         process = guest.process
@@ -484,6 +491,11 @@ class Host:
             "features": list(self.config.allow.features),
             "journal_id": self.journal.id,
         }
+
+
+def process_of(spawned: r.Spawned) -> GuestProcess:
+    """How the journal's record of a guest process finds it again."""
+    return GuestProcess(spawned.pid, spawned.start_ticks, Path(spawned.socket))
 
 
 async def _silence(guest: Guest, epoch: Epoch, record: int) -> None:

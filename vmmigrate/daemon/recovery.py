@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
 
-from vmmigrate.daemon.adoption import find_guests, process_of
-from vmmigrate.daemon.host import Host, Instance
+from vmmigrate.daemon.adoption import find_guests
+from vmmigrate.daemon.host import Host, Instance, process_of
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.engine.limits import MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome

@@ -542,7 +542,9 @@ async def _return_guest(migration: DestinationMigration, error: VmMigrateError) 
     with contextlib.suppress(HypervisorError):
         await migration.guest.close_backends()
     # Only a guest that is gone can surely hold nothing open: it goes before the verdict is given.
-    await migration.guest.destroy()
+    while not await migration.guest.destroy():
+        # The source is told `pending` for as long as it takes: no timer makes a disk free that may be written to.
+        log.error("guest.does_not_end", instance=migration.instance_id, pid=migration.guest.process.pid)
     await migration.journal.commit(rules.Return(migration.migration_id, error.code))
     migration.record.finish(Outcome.FAILED, error)
     log.info("migration.returned", migration=migration.migration_id, code=error.code, text=error.text)

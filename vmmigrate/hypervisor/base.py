@@ -333,8 +333,12 @@ class Guest(Protocol):
         `steady_p99_ms`, `steady_largest_gap_ms` and, by move, `move_gaps_ms`.
         """
 
-    async def destroy(self) -> None:
-        """End the process and free RAM, sockets and files. Idempotent; never raises for a dead guest."""
+    async def destroy(self) -> bool:
+        """End the process and free RAM, sockets and files. Idempotent; never raises.
+
+        Returns: Whether the process is gone. False after half a minute: it hangs in the kernel, and may still hold its
+            disks; it runs no more, and can be asked to go again.
+        """
 
     async def wait_exit(self) -> int:
         """Return when the process is gone, with its exit status (or -1 for an adopted process)."""

@@ -67,6 +67,7 @@ class EmbeddedGuest:
         self.plan = plan
         self.process = process
         self.witness_path = files.witness
+        self.end_deadline_s = END_DEADLINE_S
         self.tracking_reason = ""
         self._watch, self._files, self._link = watch, files, link
         self._request_deadline_s = request_deadline_s
@@ -221,17 +222,19 @@ class EmbeddedGuest:
 
     # -- ending ----------------------------------------------------------------------------------------------------
 
-    async def destroy(self) -> None:
+    async def destroy(self) -> bool:
         """Kill the process, wait until it is gone, free what belonged to it. Runs to its end even when cancelled."""
         if self._gone:
-            return
-        self._gone = True
+            return True
         with trio.CancelScope(shield=True):
             self._link.close()
             self._watch.kill()
-            with trio.move_on_after(END_DEADLINE_S):
+            with trio.move_on_after(self.end_deadline_s):
                 await self._wait_gone()
-            await self.in_thread(self._free)
+            gone_already, self._gone = self._gone, not self._is_alive()
+            if self._gone and not gone_already:
+                await self.in_thread(self._free)
+        return self._gone
 
     async def wait_exit(self) -> int:
         await self._wait_gone()
