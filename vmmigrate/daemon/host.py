@@ -187,6 +187,11 @@ class Host:
             raise RequestError(f"instance {instance_id} has no guest on this host; start it", code="not_running")
         return guest
 
+    def lock_of(self, instance_id: str) -> contextlib.AbstractAsyncContextManager[object]:
+        """Keeps starting, stopping and giving away apart; nothing to keep apart for an instance that is not here."""
+        instance = self.instances.get(instance_id)
+        return contextlib.nullcontext() if instance is None else instance.lock
+
     def check_determinate(self, instance_id: str) -> None:
         """Raises: RequestError `indeterminate`: whatever is asked, an operator has to look first."""
         reason = self.indeterminate.get(instance_id)

@@ -138,14 +138,19 @@ class Resolving:
         """
         self._check_may_tell(migration_id, wanted.instance_id, asking)
         epoch, host = Epoch(*wanted.epoch), self._host
-        with trio.CancelScope(shield=True):
-            await host.journal.commit(rules.Supersede(wanted.instance_id, epoch, Epoch(*wanted.since)))
-            if not self._is_newer_here(wanted.instance_id, epoch):
-                await host.silence(wanted.instance_id, epoch)
-                await self._end_migrations(wanted.instance_id)
-            self._due.set()
+        async with host.lock_of(wanted.instance_id):
+            with trio.CancelScope(shield=True):
+                await self._supersede(wanted, epoch)
+        self._due.set()
         log.warning("instance.superseded", instance=wanted.instance_id, epoch=list(epoch), by=asking.name)
         return {"migration_id": migration_id, "epoch": list(epoch), "journal_id": host.journal.id}
+
+    async def _supersede(self, wanted: Superseded, epoch: Epoch) -> None:
+        host = self._host
+        await host.journal.commit(rules.Supersede(wanted.instance_id, epoch, Epoch(*wanted.since)))
+        if not self._is_newer_here(wanted.instance_id, epoch):
+            await host.silence(wanted.instance_id, epoch)
+            await self._end_migrations(wanted.instance_id)
 
     def _check_may_tell(self, migration_id: str, instance_id: str, asking: Identity) -> None:
         """Only the host that gave us the guest; and, when our journal was lost with that knowledge, any host, because

@@ -514,7 +514,8 @@ async def finish_start(migration: DestinationMigration, run_state: RunState) -> 
 async def _run_started(migration: DestinationMigration, guest: Guest, epoch: Epoch, run_state: RunState) -> None:
     """`started` is durable: this host owns the guest, whatever comes. Only a guest whose process is gone is lost."""
     try:
-        if run_state is RunState.RUNNING:
+        # An operator may have given it to another host since `started`.
+        if run_state is RunState.RUNNING and migration.journal.state.may_run(migration.instance_id, epoch):
             await guest.run(epoch)
         await guest.note_record(migration.journal.newest_record)
     except HypervisorError as error:

@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
 import trio
@@ -28,6 +29,7 @@ import trio
 from vmmigrate.errors import IdentityError, TransportError, VmMigrateError
 from vmmigrate.net.bulk import TlsLink
 from vmmigrate.net.identity import Call, Identity, check_allowed
+from vmmigrate.net.refusals import RefusalLog
 from vmmigrate.net.secrets import SessionSecrets, proof
 from vmmigrate.net.threads import open_group, run_joined
 from vmmigrate.net.tls import (
@@ -118,9 +120,7 @@ class _Visitor:
             _shut(self.handle)
 
 
-def log_refusal(peer: str, error: VmMigrateError) -> None:
-    """The default `on_refusal`: one event with the peer's address, code and text."""
-    log.info("bulk.refused", peer=peer, code=error.code, text=error.text)
+log_refusal: Final[OnRefusal] = RefusalLog("bulk.refused")
 
 
 class BulkDoor:

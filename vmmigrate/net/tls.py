@@ -39,6 +39,7 @@ import trio
 from vmmigrate.errors import IdentityError, TransportError, UsageError, VmMigrateError
 from vmmigrate.net.identity import Call, Identity, check_allowed, check_expected, identity_of_certificate
 from vmmigrate.net.pki import check_leaf_files
+from vmmigrate.net.refusals import RefusalLog
 from vmmigrate.net.revocation import End, LivePeers, RevocationList, read_list
 from vmmigrate.net.tls_errors import handshake_errors, map_tls_errors
 
@@ -289,9 +290,7 @@ OnConnection: TypeAlias = Callable[[TlsStream, Identity], Awaitable[None]]
 OnRefusal: TypeAlias = Callable[[str, VmMigrateError], None]
 
 
-def log_refusal(peer: str, error: VmMigrateError) -> None:
-    """The default `on_refusal`: one event with the peer's address, code and text."""
-    log.info("tls.refused", peer=peer, code=error.code, text=error.text)
+log_refusal: Final[OnRefusal] = RefusalLog("tls.refused")
 
 
 async def serve_tls(
