@@ -8,11 +8,22 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.migration.fleet import RunningHost, create, migrate, open_fleet, stress, wait_heartbeats, witnesses
+from tests.migration.fleet import (
+    RunningHost,
+    create,
+    files_of,
+    migrate,
+    open_fleet,
+    stress,
+    wait_heartbeats,
+    witnesses,
+)
+from vmmigrate.api.client import open_client
 from vmmigrate.daemon import server
 from vmmigrate.daemon.host import Host
 from vmmigrate.daemon.upkeep import ask_sources, compact_if_due
 from vmmigrate.engine.journal_format import Contents, read_contents
+from vmmigrate.errors import VmMigrateError
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.compaction import is_unacknowledged
@@ -79,6 +90,31 @@ async def test_after_many_migrations_both_journals_are_short_again_and_all_goes_
         assert (await migrate(alpha, beta, instance))["outcome"] == "moved"
         assert (await migrate(beta, alpha, instance))["outcome"] == "moved"
         assert witnesses(fleet, instance).single
+
+
+async def test_the_word_of_an_operator_is_taken_from_the_host_that_gave_the_guest_by_a_forgotten_migration(
+    tmp_path: Path, daemons: dict[str, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rule 8: the chain goes by journals, and what one of them has forgotten must not break it."""
+    async with open_fleet(tmp_path, "alpha", "beta", "gamma") as fleet:
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+        instance = await create(alpha)
+        moves = [await migrate(*hosts, instance) for hosts in ((alpha, beta), (beta, alpha)) * 2]
+        first = moves[0]["migration_id"]
+        await ask_sources(daemons["beta"], set())
+        an_hour_passes(monkeypatch)
+        await daemons["beta"].journal.compact(0, daemons["beta"].journal.state.leftovers)
+        assert set(daemons["beta"].journal.state.incoming) == {moves[2]["migration_id"]}
+        body = {"instance_id": instance, "epoch": [2, 0], "since": [1, 1]}
+
+        async with open_client(beta.url, files_of(tmp_path, "gamma")) as client:
+            with pytest.raises(VmMigrateError) as refusal:
+                await client.post(f"/v1/migrations/{first}/side:supersede", body)
+        async with open_client(beta.url, files_of(tmp_path, "alpha")) as client:
+            await client.post(f"/v1/migrations/{first}/side:supersede", body)
+
+        assert refusal.value.code == "forbidden"
+        assert daemons["beta"].journal.state.superseded == {instance: (2, 0)}
 
 
 async def test_a_journal_beyond_its_size_is_compacted_once_nobody_looks_any_more(

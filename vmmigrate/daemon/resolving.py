@@ -153,14 +153,14 @@ class Resolving:
             await self._end_migrations(wanted.instance_id)
 
     def _check_may_tell(self, migration_id: str, instance_id: str, asking: Identity) -> None:
-        """Only the host that gave us the guest; and, when our journal was lost with that knowledge, any host, because
-        we own nothing that we could explain."""
+        """Only a host that gave us the guest: by this migration or, when a compaction has forgotten it, by another.
+        And, when our journal was lost with that knowledge, any, because we own nothing that we could explain."""
         state = self._host.journal.state
         incoming = state.incoming.get(migration_id)
-        if incoming is not None:
-            if (asking.name, instance_id) == (incoming.reserved.source_host, incoming.instance):
-                return
-        elif instance_id not in state.instances or instance_id in self._host.indeterminate:
+        by = state.incoming.values() if incoming is None else [incoming]
+        if any((asking.name, instance_id) == (known.reserved.source_host, known.instance) for known in by):
+            return
+        if incoming is None and (instance_id not in state.instances or instance_id in self._host.indeterminate):
             return
         raise IdentityError(f"{asking} did not give instance {instance_id} to this host", code="forbidden")
 

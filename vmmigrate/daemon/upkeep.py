@@ -21,13 +21,14 @@ from vmmigrate.net.identity import Identity, Role
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.compaction import is_unacknowledged
 from vmmigrate.ownership.records import Spawned
-from vmmigrate.ownership.state import OPEN_OUTGOING, IncomingState, Ownership
+from vmmigrate.ownership.state import OPEN_OUTGOING, IncomingState, Outgoing, Ownership
 
 log = structlog.get_logger(__name__)
 
 PERIOD_S: Final = 60.0
 ASK_DEADLINE_S: Final = 10.0
-_OPEN: Final = {stage.value for stage in OPEN_OUTGOING}
+# Of one that an operator resolved the destination is still to be told, which has to know it then.
+_OPEN: Final = {stage.value for stage in (*OPEN_OUTGOING, Outgoing.RESOLVED)}
 
 
 async def keep_journal_short(host: Host) -> None:

@@ -8,6 +8,7 @@ Kept is everything that a rule may ask for:
 - at a source, for each instance and host, the newest migration by which it was given away, and every one of which a
   supersession is still to be told: the word of an operator goes along that chain to all later hosts (rule 8). An older
   one to the same host needs no word of its own: what supersedes it and not the newer one has been superseded itself;
+- at a destination, for each instance and host, the newest migration by which it came: that host may bring such a word;
 - every supersession; every process that nobody owns and that may still be there, and what explains it.
 
 A migration that ended a moment ago (`recent`) is kept too: tasks that tidy up after it still look at it.
@@ -44,7 +45,7 @@ def compacted(state: Ownership, recent: Collection[str] = (), gone: Collection[r
     leftovers = tuple(guest for guest in state.leftovers if guest not in gone)
     explained = {guest.instance for guest in leftovers}
     wanted = {*recent, *(known.last_migration for known in state.instances.values())}
-    chain = {*_newest_given_away(state), *(notice.migration for notice in notices(state))}
+    chain = {*_newest_given_away(state), *_newest_received(state), *(notice.migration for notice in notices(state))}
     return replace(
         state,
         outgoing={
@@ -53,7 +54,11 @@ def compacted(state: Ownership, recent: Collection[str] = (), gone: Collection[r
         incoming={
             m: inc
             for m, inc in state.incoming.items()
-            if inc.stage in OPEN_INCOMING or m in wanted or is_unacknowledged(inc) or inc.instance in explained
+            if inc.stage in OPEN_INCOMING
+            or m in wanted
+            or m in chain
+            or is_unacknowledged(inc)
+            or inc.instance in explained
         },
         leftovers=leftovers,
     )
@@ -71,6 +76,16 @@ def _newest_given_away(state: Ownership) -> Iterator[str]:
         if outgoing.stage in GIVEN_AWAY and outgoing.released is not None:
             to = (outgoing.instance, outgoing.ticket.destination_host)
             newest[to] = max(newest.get(to, (NO_EPOCH, "")), (outgoing.released.epoch, migration))
+    return (migration for _, migration in newest.values())
+
+
+def _newest_received(state: Ownership) -> Iterator[str]:
+    """For each instance and host, the migration by which it came from there last."""
+    newest: dict[tuple[str, str], tuple[r.Epoch, str]] = {}
+    for migration, incoming in state.incoming.items():
+        if incoming.stage is Incoming.STARTED and incoming.prepared is not None:
+            origin = (incoming.instance, incoming.reserved.source_host)
+            newest[origin] = max(newest.get(origin, (NO_EPOCH, "")), (incoming.prepared.epoch, migration))
     return (migration for _, migration in newest.values())
 
 
