@@ -124,6 +124,37 @@ def test_a_journal_is_due_again_when_it_is_twice_as_long(journal: Journal) -> No
     assert journal.is_due(1000)
 
 
+def test_a_journal_that_was_put_back_takes_another_id_and_says_the_same(path: Path) -> None:
+    with closing(Journal(path)) as journal:
+        live(journal)
+        before, state, newest = journal.id, journal.state, journal.newest_record
+
+        journal.renew_id()
+
+        assert journal.id != before
+        assert (journal.state, journal.newest_record) == (state, newest)
+        journal.commit(rules.Create("later"))
+        now = journal.id
+    with closing(Journal(path)) as again:
+        assert (again.id, again.newest_record) == (now, newest + 1)
+        assert "later" in again.state.instances
+
+
+def test_an_id_that_could_not_be_made_durable_is_not_taken(path: Path) -> None:
+    disk = Disk()
+    with closing(Journal(path, disk.fsync)) as journal:
+        live(journal)
+        before, disk.left = journal.id, 1
+
+        with pytest.raises(StorageError):
+            journal.renew_id()
+
+        assert journal.id == before
+        journal.commit(rules.Create("later"))
+    with closing(Journal(path)) as again:
+        assert again.id == before
+
+
 # --------------------------------------------------------------------------- crashes
 
 

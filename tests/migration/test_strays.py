@@ -190,6 +190,32 @@ async def test_a_restored_journal_decides_nothing_for_a_guest_that_remembers_mor
         os.kill(process, signal.SIGKILL)
 
 
+async def test_a_restored_journal_that_has_grown_again_still_decides_nothing(tmp_path: Path) -> None:
+    """The copy took another id when it was noticed; the guests that it does explain were told, and go on."""
+    async with open_fleet(tmp_path, "alpha") as fleet:
+        alpha = await fleet.start("alpha")
+        explained, remembers = await create(alpha), await create(alpha)
+        journal = tmp_path / "alpha" / "state" / "journal.vmmj"
+        copy, old_id = journal.read_bytes(), (await alpha.client.get("/v1/host"))["journal_id"]
+        await alpha.client.post(f"/v1/instances/{remembers}:stop")
+        await alpha.client.post(f"/v1/instances/{remembers}:start")
+        process = alpha.guest(remembers).process
+        await alpha.stop()
+        journal.write_bytes(copy)
+
+        for _ in range(2):
+            alpha = await fleet.start("alpha")
+            assert (await alpha.client.get("/v1/host"))["journal_id"] != old_id
+            assert (await alpha.instance(remembers))["state"] == "indeterminate"
+            assert (await alpha.instance(explained))["state"] == "running"
+            await wait_heartbeats(alpha, explained)
+            for _ in range(8):  # longer than any guest remembers
+                await alpha.client.post(f"/v1/instances/{explained}:migrate-out", {"destination_host": "beta"})
+            await alpha.stop()
+        os.kill(process.pid, signal.SIGKILL)
+        alpha = await fleet.start("alpha")
+
+
 async def test_a_guest_that_dies_while_its_daemon_recovers_is_lost_and_said_so(tmp_path: Path) -> None:
     """Its pause was to be undone, and it died between the look at it and the order to run."""
     async with open_fleet(tmp_path, "alpha") as fleet:

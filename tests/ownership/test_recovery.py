@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import NO_EPOCH, Epoch
-from vmmigrate.ownership.recovery import RecoveryStep, SeenGuest, Step, Stray, is_half_built, plan
+from vmmigrate.ownership.recovery import RecoveryStep, SeenGuest, Step, Stray, is_half_built, is_older_copy, plan
 from vmmigrate.ownership.state import Holding
 
 from .world import VM, Host, boot, hand_over, present, reach_ready, release, spawned, ticket
@@ -325,3 +325,38 @@ def test_a_process_of_an_instance_or_a_migration_that_the_journal_does_not_know_
     assert not is_half_built(Host("a").state, Stray(VM, None, NEVER_RAN))
     assert not is_half_built(boot().state, Stray("other", None, NEVER_RAN))
     assert not is_half_built(boot().state, Stray(VM, "m9", NEVER_RAN))
+
+
+# --------------------------------------------------------------------------- another journal
+
+
+@SEEN
+@pytest.mark.parametrize("make", [boot, stopped, lost, awaiting])
+def test_a_guest_that_remembers_another_journal_is_left_as_it_is(make: Callable[[], Host], seen: str | None) -> None:
+    """However long the journal has become: an older copy that was put back took another id, and grew."""
+    if seen is None:
+        return
+    host = make()
+    guest = SeenGuest(seen == RUNNING, N, 1, "the-one-that-was")
+
+    (step,) = plan(host.state, {VM: guest}, host.newest + 100, journal_id="this-one")
+
+    assert (step.step, step.reason) == (Step.INDETERMINATE, "the guest remembers another journal")
+
+
+@pytest.mark.parametrize("told", ["", "this-one"])
+def test_a_guest_that_was_told_of_this_journal_or_of_none_is_kept(told: str) -> None:
+    host = boot()
+
+    (step,) = plan(host.state, {VM: SeenGuest(True, N, 2, told)}, host.newest, journal_id="this-one")
+
+    assert step.step is Step.KEEP
+
+
+@pytest.mark.parametrize(
+    ("journal", "record", "older"), [("this", 3, False), ("this", 4, True), ("that", 4, False), ("", 4, False)]
+)
+def test_only_a_guest_of_this_very_journal_proves_that_it_is_an_older_copy(
+    journal: str, record: int, older: bool
+) -> None:
+    assert is_older_copy([SeenGuest(True, N, 1, "this"), SeenGuest(True, N, record, journal)], 3, "this") is older

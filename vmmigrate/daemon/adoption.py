@@ -15,7 +15,7 @@ from vmmigrate.daemon.host import Host, process_of
 from vmmigrate.errors import HypervisorError, SpecError
 from vmmigrate.hypervisor.base import FoundGuest, Guest, GuestProcess, GuestStamp, GuestStatus, RunState
 from vmmigrate.ownership.records import Epoch, Spawned
-from vmmigrate.ownership.recovery import SeenGuest, Stray, is_half_built
+from vmmigrate.ownership.recovery import SeenGuest, Stray, is_half_built, is_older_copy, remembers_more
 from vmmigrate.ownership.state import Incoming
 
 log = structlog.get_logger(__name__)
@@ -30,12 +30,14 @@ class Found:
         unreachable: By instance id, why nothing may be decided: a process of it is there, and it could not be adopted,
             or the journal does not explain it.
         strays: These processes; they were left as they are.
+        unexplained: How those that the journal does not explain were found.
     """
 
     guests: dict[str, Guest] = field(default_factory=dict)
     seen: dict[str, SeenGuest] = field(default_factory=dict)
     unreachable: dict[str, str] = field(default_factory=dict)
     strays: defaultdict[str, list[GuestProcess]] = field(default_factory=lambda: defaultdict(list))
+    unexplained: list[SeenGuest] = field(default_factory=list)
 
 
 async def find_guests(host: Host) -> Found:
@@ -53,6 +55,23 @@ async def find_guests(host: Host) -> Found:
             found.unreachable[spawned.instance] = f"its guest process {spawned.pid} cannot be adopted: {exc.text}"
             found.strays[spawned.instance].append(process_of(spawned))
     return found
+
+
+async def renew_older_copy(host: Host, found: Found) -> None:
+    """A journal that a guest proves to be an older copy takes another id, so that the proof stays when it has grown
+    again; the guests that it does explain are told.
+
+    Raises: StorageError, JournalError.
+    """
+    journal_id, newest = host.journal.position
+    if not is_older_copy([*found.seen.values(), *found.unexplained], newest, journal_id):
+        return
+    await host.journal.renew_id()
+    log.error("journal.older_copy", newest_record=newest, old_id=journal_id, new_id=host.journal.id)
+    for name, guest in found.guests.items():
+        if not remembers_more(found.seen[name], newest, journal_id):
+            with contextlib.suppress(HypervisorError):
+                await guest.note_record(*host.journal.position)
 
 
 def _named(host: Host) -> list[Spawned]:
@@ -91,6 +110,7 @@ async def _explain(host: Host, other: FoundGuest, found: Found) -> None:
     log.error("recovery.stray", instance=stray.instance, pid=process.pid, running=stray.seen.running)
     found.unreachable[stray.instance] = text
     found.strays[stray.instance].append(process)
+    found.unexplained.append(stray.seen)
 
 
 async def _adopt_into(found: Found, host: Host, spawned: Spawned) -> None:
@@ -130,4 +150,5 @@ def _document_of(host: Host, spawned: Spawned) -> InstanceDocument | None:
 
 
 def _seen(status: GuestStatus) -> SeenGuest:
-    return SeenGuest(status.run_state is RunState.RUNNING, Epoch(*status.ran_epoch), status.last_record)
+    running = status.run_state is RunState.RUNNING
+    return SeenGuest(running, Epoch(*status.ran_epoch), status.last_record, status.last_journal)

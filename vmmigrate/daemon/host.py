@@ -249,7 +249,7 @@ class Host:
                     )
                 )
             )
-            await guest.note_record(self.journal.newest_record)
+            await guest.note_record(*self.journal.position)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await guest.destroy()

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import structlog
 
-from vmmigrate.daemon.adoption import find_guests
+from vmmigrate.daemon.adoption import find_guests, renew_older_copy
 from vmmigrate.daemon.host import Host, Instance, process_of
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.engine.limits import MigrationOptions
@@ -29,7 +29,7 @@ async def recover(host: Host, migrations: Migrations) -> None:
 
     One instance that cannot be decided about (`indeterminate`) does not keep the others waiting.
 
-    Raises: JournalError.
+    Raises: JournalError, StorageError.
     """
     _load_documents(host)
     for record in host.documents.load_records():
@@ -37,8 +37,11 @@ async def recover(host: Host, migrations: Migrations) -> None:
     found = await find_guests(host)
     host.strays = dict(found.strays)
     recovery = _Recovery(host, migrations, found.guests)
+    journal = host.journal
     try:
-        await recovery.take_all(plan(host.journal.state, found.seen, host.journal.newest_record, found.unreachable))
+        steps = plan(journal.state, found.seen, journal.newest_record, found.unreachable, journal.id)
+        await renew_older_copy(host, found)
+        await recovery.take_all(steps)
     except BaseException:
         for guest in found.guests.values():
             guest.detach()
@@ -184,7 +187,7 @@ class _Recovery:
             await self._host.journal.commit(rules.Lose(step.instance, "the guest process is gone"))
         else:
             with contextlib.suppress(HypervisorError):
-                await guest.note_record(self._host.journal.newest_record)
+                await guest.note_record(*self._host.journal.position)
             self._host.watch(self._host.instances[step.instance], guest)
         destination = Identity(self._host.identity.trust_domain, Role.HOST, outgoing.ticket.destination_host)
         migration = self._migrations.make_source(step.migration, step.instance, destination, guest, MigrationOptions())

@@ -89,7 +89,7 @@ class Resolving:
             await guest.open_backends(epoch)
             if journal.state.outgoing[migration_id].desired == RunState.RUNNING.value:
                 await guest.run(epoch)
-            await guest.note_record(journal.newest_record)
+            await guest.note_record(*journal.position)
         except HypervisorError as exc:
             if exc.code == "guest_lost":
                 await journal.commit(rules.Lose(instance_id, exc.text))

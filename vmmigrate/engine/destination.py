@@ -517,7 +517,7 @@ async def _run_started(migration: DestinationMigration, guest: Guest, epoch: Epo
         # An operator may have given it to another host since `started`.
         if run_state is RunState.RUNNING and migration.journal.state.may_run(migration.instance_id, epoch):
             await guest.run(epoch)
-        await guest.note_record(migration.journal.newest_record)
+        await guest.note_record(*migration.journal.position)
     except HypervisorError as error:
         log.error("guest.not_run", instance=migration.instance_id, code=error.code, text=error.text)
         migration.record.notes.append(f"the guest was not run: {error.text}")

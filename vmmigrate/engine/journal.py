@@ -45,7 +45,8 @@ class Journal:
     """An open journal. Blocking; `commit` is the one way in, and is safe from several threads.
 
     Attributes:
-        id: Random, made with the file; a host whose journal id changed decides nothing for open migrations.
+        id: Random, made with the file, and anew when the file turns out to be an older copy; a host whose journal id
+            changed decides nothing for open migrations.
         state: What all records so far add up to.
         newest_record: Number of the last durable record; a compaction does not change it.
         forgotten: How many of them a compaction has dropped.
@@ -137,6 +138,23 @@ class Journal:
                 self.state, self.forgotten = state, forgotten
             self._compacted_bytes = self.size_bytes
             return is_shorter
+
+    def renew_id(self) -> None:
+        """Take another id: this file is an older copy that was put back, and what it was asked for before must not be
+        answered by it.
+
+        Raises: StorageError, JournalError: as `compact`.
+        """
+        with self._lock:
+            self._check_usable()
+            records = snapshot(self.state)
+            before, self.id = self.id, secrets.token_hex(16)
+            try:
+                self._replace(self.newest_record - len(records), records)
+            except BaseException:
+                self.id = before
+                raise
+            self.forgotten = self.newest_record - len(records)
 
     def close(self) -> None:
         with self._lock:
@@ -253,6 +271,11 @@ class AsyncJournal:
     def forgotten(self) -> int:
         return self._journal.forgotten
 
+    @property
+    def position(self) -> tuple[str, int]:
+        """The journal's id and the number of its newest record: what a guest is told."""
+        return self._journal.id, self._journal.newest_record
+
     def is_due(self, limit_bytes: int) -> bool:
         """As `Journal.is_due`."""
         return self._journal.is_due(limit_bytes)
@@ -264,6 +287,10 @@ class AsyncJournal:
     async def reserve(self) -> None:
         """As `Journal.reserve`."""
         await trio.to_thread.run_sync(self._journal.reserve, limiter=self._limiter)
+
+    async def renew_id(self) -> None:
+        """As `Journal.renew_id`."""
+        await trio.to_thread.run_sync(self._journal.renew_id, limiter=self._limiter)
 
     async def compact(self, remember_s: float, gone: Collection[Spawned] = ()) -> bool:
         """As `Journal.compact`."""

@@ -243,7 +243,7 @@ async def _resume_once(migration: SourceMigration) -> None:
         await guest.run(epoch)
     else:
         await guest.pause()
-    await guest.note_record(migration.journal.newest_record)
+    await guest.note_record(*migration.journal.position)
 
 
 async def _guest_is_gone(migration: SourceMigration, exc: HypervisorError) -> HypervisorError:

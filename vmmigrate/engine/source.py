@@ -452,7 +452,7 @@ async def _note_record(migration: SourceMigration) -> None:
     Only of what is durable, or a crash in between would look like such a copy.
     """
     with contextlib.suppress(HypervisorError):
-        await migration.live.note_record(migration.journal.newest_record)
+        await migration.live.note_record(*migration.journal.position)
 
 
 def _note_start(record: MigrationRecord, answer: m.Running | m.Refused | m.Returned) -> None:

@@ -135,8 +135,9 @@ class GuestStatus:
     """A frozen look at a guest.
 
     `heartbeats` counts 1 ms ticks since boot and travels with the guest; `last_record` is the highest journal record
-    number that the daemon has told it; `handoff` is the migration for which it was paused last, until it runs again;
-    `ran_epoch` is the epoch under which it was told to run last, (0, 0) when it never was.
+    number that the daemon has told it, and `last_journal` the id of that journal; `handoff` is the migration for which
+    it was paused last, until it runs again; `ran_epoch` is the epoch under which it was told to run last, (0, 0) when
+    it never was.
     """
 
     stamp: GuestStamp
@@ -147,6 +148,7 @@ class GuestStatus:
     program: Mapping[str, Any]
     handoff: str | None = None
     ran_epoch: tuple[int, int] = (0, 0)
+    last_journal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +322,9 @@ class Guest(Protocol):
         been exported already, and the keys would be lost.
         """
 
-    async def note_record(self, number: int) -> None:
-        """Tell the guest the number of the newest journal record, so that a shorter journal is noticed later."""
+    async def note_record(self, journal_id: str, number: int) -> None:
+        """Tell the guest the newest record of the journal that decides about it, so that a shorter journal, or another
+        one, is noticed later. Numbers of one journal only grow; those of another begin anew."""
 
     async def restamp(self, stamp: GuestStamp) -> None: ...
 

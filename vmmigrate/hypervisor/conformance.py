@@ -268,8 +268,9 @@ async def backends_are_open_on_one_host_at_a_time(lab: Lab) -> None:
 
 async def a_restarted_daemon_adopts_a_running_guest_with_its_marks(lab: Lab) -> None:
     guest = await _running(lab)
-    await guest.note_record(41)
-    await guest.note_record(7)
+    await guest.note_record("another", 90)
+    await guest.note_record("journal", 41)
+    await guest.note_record("journal", 7)
     await guest.start_tracking()
     await guest.take_dirty()
     before = await guest.status()
@@ -279,7 +280,7 @@ async def a_restarted_daemon_adopts_a_running_guest_with_its_marks(lab: Lab) -> 
 
     assert adopted is not None
     status = await wait_heartbeats(adopted, before.heartbeats + 20)
-    assert (status.run_state, status.last_record) == (RunState.RUNNING, 41)
+    assert (status.run_state, status.last_journal, status.last_record) == (RunState.RUNNING, "journal", 41)
     assert not (await adopted.take_dirty()).is_empty()
     assert (await adopted.self_check()).consistent
 

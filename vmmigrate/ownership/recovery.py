@@ -7,7 +7,7 @@ that was lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -36,11 +36,12 @@ class Step(StrEnum):
 @dataclass(frozen=True, slots=True)
 class SeenGuest:
     """A guest process that answered after the restart. `epoch` is the one under which it was told to run last:
-    opening disks under a newer one does not count."""
+    opening disks under a newer one does not count. It was told of `last_record` of the journal `last_journal`."""
 
     running: bool
     epoch: Epoch
     last_record: int
+    last_journal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,22 @@ def is_half_built(state: Ownership, stray: Stray) -> bool:
     return known is not None and known.holding in {Holding.HELD, Holding.REMOVED}
 
 
+def remembers_more(seen: SeenGuest, newest_record: int, journal_id: str) -> bool:
+    """Whether the guest knows of a record that is not in the journal: that one was lost, or is an older copy."""
+    return seen.last_journal not in {"", journal_id} or seen.last_record > newest_record
+
+
+def is_older_copy(guests: Iterable[SeenGuest], newest_record: int, journal_id: str) -> bool:
+    """Whether a guest proves that this very journal was longer once."""
+    return any(seen.last_journal == journal_id and seen.last_record > newest_record for seen in guests)
+
+
 def plan(
     state: Ownership,
     guests: Mapping[str, SeenGuest],
     newest_record: int,
     unreachable: Mapping[str, str] = MappingProxyType({}),
+    journal_id: str = "",
 ) -> tuple[RecoveryStep, ...]:
     """The steps of a recovery, in the order to take them.
 
@@ -88,12 +100,15 @@ def plan(
             this journal is an older copy: nothing is decided for that instance.
         unreachable: By instance id, why: guest processes that are there and could not be adopted. They are not dead,
             so nothing is decided for them either.
+        journal_id: A guest that was told of records of another journal is not decided about by this one.
     """
     steps: list[RecoveryStep] = []
-    shortened = {name for name, seen in guests.items() if seen.last_record > newest_record}
+    shortened = {name for name, seen in guests.items() if remembers_more(seen, newest_record, journal_id)}
     steps += [RecoveryStep(Step.INDETERMINATE, name, reason=why) for name, why in sorted(unreachable.items())]
     for name in sorted(shortened):
-        steps.append(RecoveryStep(Step.INDETERMINATE, name, reason="the journal is shorter than the guest remembers"))
+        is_ours = guests[name].last_journal in {"", journal_id}
+        reason = "the journal is shorter than the guest remembers" if is_ours else "the guest remembers another journal"
+        steps.append(RecoveryStep(Step.INDETERMINATE, name, reason=reason))
     shortened |= unreachable.keys()
     for name, known in state.instances.items():
         if name not in shortened:

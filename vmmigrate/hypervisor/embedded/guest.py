@@ -121,12 +121,13 @@ class Operations:
     def op_console_input(self, port: str, keys: bytes) -> None:
         self._machine.type_keys(port, keys)
 
-    def op_note_record(self, number: int) -> None:
-        self._machine.last_record = max(self._machine.last_record, number)
+    def op_note_record(self, journal_id: str, number: int) -> None:
+        self._machine.note_record(journal_id, number)
 
     def op_silence(self, epoch: list[int], record: int) -> None:
         self._machine.silence(_epoch(epoch))
-        self.op_note_record(record)
+        # Of the journal that it knows: the one that silences it may not be the one that explains it.
+        self._machine.note_record(self._machine.last_journal, record)
 
     def op_restamp(self, stamp: Args) -> None:
         self._machine.restamp(plans.stamp_from_map(stamp))

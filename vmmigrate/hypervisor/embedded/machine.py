@@ -47,7 +47,7 @@ class Machine:
     Attributes:
         running: Whether the vCPU executes.
         is_off: The guest has powered itself off: it never runs again, and holds no disk open.
-        last_record: The highest journal record number that a daemon told.
+        last_record: The highest record number of journal `last_journal` that a daemon told.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Machine:
         self.plan, self.stamp, self.memory = plan, stamp, memory
         self.running = False
         self.is_off = False
-        self.last_record = 0
+        self.last_record, self.last_journal = 0, ""
         self._witness = witness
         self._epoch_seen = stamp.epoch
         self._epoch_run = (0, 0)
@@ -243,6 +243,10 @@ class Machine:
         if changed:
             self._see_epoch(stamp.epoch)
 
+    def note_record(self, journal_id: str, number: int) -> None:
+        known = self.last_record if journal_id == self.last_journal else 0
+        self.last_journal, self.last_record = journal_id, max(known, number)
+
     # -- looking ---------------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
@@ -254,6 +258,7 @@ class Machine:
             "run_state": (RunState.RUNNING if self.running else RunState.PAUSED).value,
             "heartbeats": self._heartbeat.counter,
             "last_record": self.last_record,
+            "last_journal": self.last_journal,
             "ran_epoch": list(self._epoch_run),
             "backends_open": self._backends_open,
             "handoff": self._handoff,

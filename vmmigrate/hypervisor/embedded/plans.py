@@ -34,6 +34,7 @@ def status_from_map(tree: dict[str, Any]) -> GuestStatus:
         run_state=RunState(tree["run_state"]),
         heartbeats=tree["heartbeats"],
         last_record=tree["last_record"],
+        last_journal=tree["last_journal"],
         ran_epoch=(tree["ran_epoch"][0], tree["ran_epoch"][1]),
         backends_open=tree["backends_open"],
         program=tree["program"],

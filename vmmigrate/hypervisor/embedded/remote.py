@@ -128,8 +128,8 @@ class EmbeddedGuest:
     async def close_backends(self) -> None:
         await self.request("close_backends")
 
-    async def note_record(self, number: int) -> None:
-        await self.request("note_record", number=number)
+    async def note_record(self, journal_id: str, number: int) -> None:
+        await self.request("note_record", journal_id=journal_id, number=number)
 
     async def silence(self, epoch: tuple[int, int], record: int) -> None:
         await self.request("silence", epoch=list(epoch), record=record)
