@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from vmmigrate.errors import JournalError, RequestError
@@ -10,7 +12,15 @@ from vmmigrate.ownership import rules
 from vmmigrate.ownership.compaction import compacted, snapshot
 from vmmigrate.ownership.records import Epoch
 from vmmigrate.ownership.rules import Answer
-from vmmigrate.ownership.state import Holding, Incoming, Ownership, apply
+from vmmigrate.ownership.state import (
+    Holding,
+    Incoming,
+    IncomingState,
+    InstanceState,
+    OutgoingState,
+    Ownership,
+    apply,
+)
 
 from .world import VM, Host, boot, fold, hand_over, reach_ready, release, spawned
 
@@ -245,3 +255,17 @@ def test_a_forgotten_migration_is_unknown() -> None:
 
     with pytest.raises(RequestError, match="no migration"):
         host.commit(rules.EndAttempt("m1", "again"))
+
+
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [(InstanceState, r.KeptInstance), (OutgoingState, r.KeptOutgoing), (IncomingState, r.KeptIncoming)],
+)
+def test_nothing_of_a_state_is_left_out(state: type, kept: type) -> None:
+    """Who adds a field to a state has to say here what becomes of it."""
+    assert [field.name for field in fields(kept)] == [field.name for field in fields(state)]
+
+
+def test_nothing_of_a_journal_is_left_out() -> None:
+    kept = {"instances", "outgoing", "incoming", "superseded", "superseded_since", "leftovers"}
+    assert {field.name for field in fields(Ownership)} == kept
