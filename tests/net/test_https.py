@@ -357,6 +357,32 @@ async def test_one_client_cannot_take_all_connections(
     assert "of this peer" in refusal.text
 
 
+async def test_a_client_that_has_left_takes_up_no_connection(source_files: TlsFiles, operator_files: TlsFiles) -> None:
+    """A command line comes, asks and goes; waiting for its next request would lock out those that follow."""
+    async with served(show_tls, source_files, max_connections_per_peer=1, keep_alive_s=1000) as daemon:
+        async with client(operator_files) as first:
+            await first.get(daemon.url)
+            await trio.testing.wait_all_tasks_blocked()
+
+        assert OPERATOR.uri in await text_once_let_in(daemon, operator_files)
+
+
+async def test_a_client_that_was_killed_in_the_middle_of_its_answer_takes_up_no_connection(
+    source_files: TlsFiles, operator_files: TlsFiles
+) -> None:
+    async def generous(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await answer(send, bytes(16 << 20))
+
+    async with served(generous, source_files, max_connections_per_peer=1, keep_alive_s=1000) as daemon:
+        first = await raw_request(daemon, operator_files, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await first.receive_some()).startswith(b"HTTP/1.1 200")
+        await trio.testing.wait_all_tasks_blocked()
+        await trio.aclose_forcefully(first)  # with unread bytes: the server sees a reset
+
+        assert len(await text_once_let_in(daemon, operator_files)) == 16 << 20
+
+
 async def test_a_host_has_nothing_to_say_in_a_body(
     source_files: TlsFiles, destination_files: TlsFiles, operator_files: TlsFiles
 ) -> None:
@@ -537,6 +563,16 @@ async def test_serving_is_quiet_and_leaves_the_logging_of_others_alone(
 
 async def expect_text(http: httpx2.AsyncClient, url: str, text: str) -> None:
     assert (await http.get(url)).text == text
+
+
+async def text_once_let_in(daemon: Daemon, files: TlsFiles) -> str:
+    """What is answered to a client that tries until there is room for it."""
+    with trio.fail_after(WAIT_S):
+        while True:
+            async with client(files) as http:
+                with suppress(httpx2.TransportError):
+                    return (await http.get(daemon.url)).text
+            await daemon.wait_refusal()
 
 
 async def raw_request(daemon: Daemon | int, files: TlsFiles, request: bytes) -> Any:

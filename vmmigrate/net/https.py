@@ -8,8 +8,9 @@ and whose peer is known. A stranger's first byte never reaches an HTTP parser.
 The application finds the peer in `scope["extensions"]["tls"]`; `identity_of_scope` reads it.
 
 What is relied upon in hypercorn 0.18 (the dependency is pinned to it): the constructor of `TCPServer`, `run`,
-`_read_data`, `protocol_send`, and `WorkerContext`. Its `protocol_send` shields a send from every cancellation, so a
-client that stops reading would hold up a shutdown for ever; ours gives up after a deadline.
+`_read_data`, `protocol_send`, `idle_task`, and `WorkerContext`. Its `protocol_send` shields a send from every
+cancellation, so a client that stops reading would hold up a shutdown for ever; ours gives up after a deadline. Its
+timer for idle clients goes on when the client has left, and keeps the connection until it is over; ours is stopped.
 
 Source: reference/dependencies.md 2; hypercorn's trio/run.py and trio/tcp_server.py.
 """
@@ -26,7 +27,7 @@ import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.logging import Logger
 from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError
 from hypercorn.trio.tcp_server import TCPServer
@@ -81,9 +82,7 @@ class HttpsLimits:
     max_host_body_bytes: int = 4096
     body_deadline_s: float = 30.0
     max_connections: int = 256
-    # As many as in all: connections of short-lived command lines linger until they idle out, and one operator's script
-    # must not lock that operator out. Sites with several operators can set less.
-    max_connections_per_peer: int = 256
+    max_connections_per_peer: int = 64
     handshake_deadline_s: float = 5.0
     keep_alive_s: float = 15.0
     send_deadline_s: float = 10.0
@@ -259,11 +258,13 @@ class _Connection(TCPServer):
     peer: Identity
     send_deadline_s: float
     gone: trio.Event
+    _has_left = False
 
     async def _read_data(self) -> None:
         """As hypercorn's, but HTTP/1.1 only: with HTTP/2 each limit on a connection would hold for each of 100 streams.
 
         The wrapper that is taken off here would change the protocol when a client begins with HTTP/2 or asks for it.
+        And once the client has left nobody waits for its next request: a running timer would keep the connection.
         """
         self.protocol = self.protocol.protocol  # type: ignore[assignment]
         try:
@@ -271,9 +272,13 @@ class _Connection(TCPServer):
         except (H2ProtocolAssumedError, H2CProtocolRequiredError):
             log.info("http.refused", peer=str(self.peer), code="http_version", text="HTTP/2: needed is HTTP/1.1")
             await self.protocol.handle(Closed())
+        self._has_left = True
+        await self.idle_task.stop()
 
     async def protocol_send(self, event: Event) -> None:
-        """As hypercorn's, but a client that does not read counts as gone after a while."""
+        """As hypercorn's, but who does not read counts as gone after a while, and who has left is not timed."""
+        if isinstance(event, Updated) and self._has_left:
+            return
         if not isinstance(event, RawData):
             await super().protocol_send(event)
             return
