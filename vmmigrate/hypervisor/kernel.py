@@ -1,4 +1,4 @@
-"""The few kernel calls that Python does not wrap: userfaultfd, PAGEMAP_SCAN, hole punching, mprotect.
+"""The few kernel calls that Python does not wrap, or not whole: userfaultfd, PAGEMAP_SCAN, hole punching, mappings.
 
 Knows neither guests nor the event loop; the guest process imports it too, so it stays small. Every call blocks its
 thread until the kernel is done and releases the GIL meanwhile.
@@ -46,11 +46,16 @@ _SCAN_VECTOR_REGIONS = 8192
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
-_PROT_READ = 1
+_PROT_READ, _PROT_WRITE = 1, 2
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
+_MAP_FAILED = ctypes.c_void_p(-1).value
 _PR_SET_TIMERSLACK = 29
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.syscall.restype = ctypes.c_long
@@ -120,6 +125,33 @@ def punch_holes(fd: int, runs: Iterable[tuple[int, int]]) -> None:
         mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
         if _libc.fallocate(fd, mode, first * PAGE_SIZE, pages * PAGE_SIZE) != 0:
             raise _os_error("fallocate")
+
+
+def map_file(fd: int, size_bytes: int, *, writable: bool) -> int:
+    """Map a file from its beginning, shared; the address. The descriptor is not needed for it any more."""
+    return _map(None, size_bytes, _protection(writable), _MAP_SHARED, fd)
+
+
+def map_nothing(address: int, size_bytes: int, *, writable: bool) -> None:
+    """Put private memory that reads as zero in the place of a mapping, which is gone then."""
+    flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+    _map(address, size_bytes, _protection(writable), flags, -1)
+
+
+def unmap(address: int, size_bytes: int) -> None:
+    if _libc.munmap(address, size_bytes) != 0:
+        raise _os_error("munmap")
+
+
+def _protection(writable: bool) -> int:
+    return _PROT_READ | (_PROT_WRITE if writable else 0)
+
+
+def _map(address: int | None, size_bytes: int, protection: int, flags: int, fd: int) -> int:
+    mapped = _libc.mmap(address, size_bytes, protection, flags, fd, 0)
+    if mapped == _MAP_FAILED or mapped is None:
+        raise _os_error("mmap")
+    return int(mapped)
 
 
 def protect_read_only(address: int, size_bytes: int) -> None:

@@ -1,10 +1,17 @@
-"""A guest's RAM as the daemon maps it."""
+"""A guest's RAM as the daemon maps it.
+
+Problem: whoever holds a view keeps the mapping, and an error that is kept in a variable of a frame which it names holds
+all views of that frame, until the garbage collector comes by. `mmap.close` then refuses, and the RAM of a guest that is
+gone is not given back. So the mapping is made by hand: `close` puts nothing in its place at once, whoever still holds
+a view, and the addresses are given back when the last view goes.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import mmap
+import ctypes
 import os
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +35,12 @@ class MappedRam:
         self.layout = layout
         self.fd = fd
         self._writable = writable
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        self._mapping: mmap.mmap | None = mmap.mmap(fd, layout.size_bytes, prot=protection)
+        self._address = kernel.map_file(fd, layout.size_bytes, writable=writable)
+        self._mapping: ctypes.Array[ctypes.c_ubyte] | None = _exported(self._address, layout.size_bytes)
 
     @property
     def view(self) -> memoryview:
-        view = memoryview(self._mapped())
+        view = memoryview(self._mapped()).cast("B")
         return view if self._writable else view.toreadonly()
 
     @property
@@ -63,19 +70,26 @@ class MappedRam:
         too: whoever still writes through one faults, rather than changing the RAM of a running guest. Idempotent.
         """
         if self._writable:
-            address = np.frombuffer(self._mapped(), dtype=np.uint8).ctypes.data
-            kernel.protect_read_only(address, self.layout.size_bytes)
+            self._mapped()
+            kernel.protect_read_only(self._address, self.layout.size_bytes)
             self._writable = False
 
     def close(self) -> None:
-        """Unmap, unless somebody still holds a view; then the last one does. Blocks while page tables go."""
+        """Unmap: views that somebody still holds read zeros from now on. Blocks while page tables go."""
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
             os.close(self.fd)
-            with contextlib.suppress(BufferError):
-                mapping.close()
+            with contextlib.suppress(OSError):  # no memory for it: the last view unmaps
+                kernel.map_nothing(self._address, self.layout.size_bytes, writable=self._writable)
 
-    def _mapped(self) -> mmap.mmap:
+    def _mapped(self) -> ctypes.Array[ctypes.c_ubyte]:
         if self._mapping is None:
             raise HypervisorError("this daemon has let go of the guest", code="guest_detached")
         return self._mapping
+
+
+def _exported(address: int, size_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:
+    """The mapping as something that views can be had of; unmapped when the last of them is gone."""
+    exported = (ctypes.c_ubyte * size_bytes).from_address(address)
+    weakref.finalize(exported, kernel.unmap, address, size_bytes).atexit = False
+    return exported

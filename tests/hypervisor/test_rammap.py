@@ -1,0 +1,61 @@
+"""Guest RAM in the daemon: it is given back when the guest goes, whoever still looks at it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmmigrate.errors import HypervisorError
+from vmmigrate.hypervisor.embedded.rammap import MappedRam
+from vmmigrate.memory import PAGE_SIZE, RamLayout
+
+PAGES = 16
+NAME = "vmmigrate-test-of-rammap"
+
+
+@pytest.fixture
+def memory() -> Iterator[int]:
+    """A memfd of 16 pages, all of ones, and a second descriptor of it to close."""
+    fd = os.memfd_create(NAME)
+    os.write(fd, b"\xff" * PAGES * PAGE_SIZE)
+    yield os.dup(fd)
+    os.close(fd)
+
+
+def is_mapped() -> bool:
+    return NAME in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_a_view_that_somebody_still_holds_does_not_keep_the_ram_of_a_guest_that_is_gone(
+    memory: int, writable: bool
+) -> None:
+    """An error that was raised while pages were sent holds such a view until the garbage collector comes by."""
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=writable)
+    held, pages = ram.view, ram.pages
+    assert held[0] == 0xFF
+    assert is_mapped()
+
+    ram.close()
+
+    assert not is_mapped()
+    assert bytes(held) == bytes(PAGES * PAGE_SIZE)
+    assert not pages.any()
+    with pytest.raises(HypervisorError, match="let go"):
+        _ = ram.pages
+
+
+def test_ram_is_written_and_read_through_its_views_until_it_is_made_read_only(memory: int) -> None:
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
+    ram.view[:4] = b"abcd"
+
+    ram.make_read_only()
+
+    assert os.pread(memory, 4, 0) == b"abcd"
+    with pytest.raises(TypeError):
+        ram.view[:4] = b"efgh"
+    ram.close()
+    ram.close()
