@@ -172,6 +172,55 @@ async def test_a_guest_that_ends_by_itself_is_lost_at_once(tmp_path: Path) -> No
                 await trio.sleep(0.01)
 
 
+async def test_a_record_that_was_not_saved_in_time_is_told_by_the_journal(tmp_path: Path) -> None:
+    """Both daemons died between the last record of their journals and the files."""
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+        instance = await create(alpha)
+        moved = (await migrate(alpha, beta, instance))["migration_id"]
+        back = await beta.client.post(f"/v1/instances/{instance}:migrate-out", {"destination_host": "alpha"})
+        await beta.client.post(f"/v1/migrations/{back['migration_id']}:cancel")
+        for host in (alpha, beta):
+            await host.stop()
+            for path in (host.config.directories.state / "migrations").iterdir():
+                path.unlink()
+
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+
+        for host in (alpha, beta):
+            assert (await host.record(moved))["outcome"] == "moved"
+        record = await beta.record(back["migration_id"])
+        assert (record["outcome"], record["error"]["code"]) == ("cancelled", "cancelled")
+
+
+async def test_a_migration_whose_guest_ends_before_its_destination_comes_ends_with_it(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path, "alpha") as fleet:
+        alpha = await fleet.start("alpha")
+        instance = await create(alpha)
+        ticket = await alpha.client.post(f"/v1/instances/{instance}:migrate-out", {"destination_host": "beta"})
+
+        os.kill((await alpha.instance(instance))["guest"]["pid"], signal.SIGKILL)
+
+        record = await wait_outcome(alpha, ticket["migration_id"])
+        assert (record["outcome"], record["error"]["code"]) == ("guest_lost", "guest_lost")
+
+
+async def test_what_a_daemon_left_half_written_is_gone_after_a_restart(tmp_path: Path) -> None:
+    """It died between the new file and its rename."""
+    async with open_fleet(tmp_path, "alpha") as fleet:
+        alpha = await fleet.start("alpha")
+        instance = await create(alpha)
+        await alpha.stop()
+        state = alpha.config.directories.state
+        (state / "instances" / f"{instance}.json.0badcafe.new").write_text("{")
+        (state / "migrations" / f"{uuid.uuid4()}.source.json.0badcafe.new").write_text("")
+
+        alpha = await fleet.start("alpha")
+
+        assert list(state.rglob("*.new")) == []
+        assert (await alpha.instance(instance))["state"] == "running"
+
+
 async def test_of_two_requests_for_one_id_only_one_creates_it(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha") as fleet:
         alpha = await fleet.start("alpha")

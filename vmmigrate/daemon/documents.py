@@ -108,6 +108,12 @@ class DocumentStore:
         for path in sorted(self._migrations.glob("*.json")):
             yield _read(path)
 
+    def remove_unfinished(self) -> None:
+        """Remove what a daemon left that died while it wrote. Only for who holds the journal's lock."""
+        for directory in (self._instances, self._arrivals, self._migrations):
+            for path in directory.glob("*.new"):
+                path.unlink(missing_ok=True)
+
     def _write(self, path: Path, plain: Mapping[str, Any]) -> None:
         fresh = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
         try:

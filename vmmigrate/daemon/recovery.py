@@ -11,14 +11,14 @@ from vmmigrate.daemon.adoption import find_guests, renew_older_copy
 from vmmigrate.daemon.host import Host, Instance, process_of
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.engine.limits import MigrationOptions
-from vmmigrate.engine.metrics import MigrationRecord, Outcome
+from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
 from vmmigrate.errors import HandoffInDoubt, HypervisorError, JournalError, VmMigrateError
 from vmmigrate.hypervisor.base import Guest, RunState
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import Epoch
 from vmmigrate.ownership.recovery import RecoveryStep, Step, plan
-from vmmigrate.ownership.state import Holding, Incoming
+from vmmigrate.ownership.state import Holding, Incoming, Outgoing
 from vmmigrate.wire import phases
 
 log = structlog.get_logger(__name__)
@@ -48,6 +48,7 @@ async def recover(host: Host, migrations: Migrations) -> None:
         raise
     for instance_id in list(host.instances):
         await host.give_way(instance_id)
+    recovery.note_unsaved()
 
 
 def _load_documents(host: Host) -> None:
@@ -140,19 +141,42 @@ class _Recovery:
     def _note_record(self, step: RecoveryStep) -> None:
         """A migration that ended with the last daemon has a record all the same."""
         ended = _OUTCOMES.get(step.step)
-        if step.migration is None or ended is None or step.migration in self._migrations.past:
-            return
+        if step.migration is not None and ended is not None:
+            self._write_record(step.migration, ended, step.reason)
+
+    def note_unsaved(self) -> None:
+        """So has one that had ended already, when the last daemon died before it had saved the record."""
         state = self._host.journal.state
-        own = self._host.identity
-        incoming, outgoing = state.incoming.get(step.migration), state.outgoing.get(step.migration)
+        for migration, outgoing in state.outgoing.items():
+            if outgoing.stage in _OUTGOING_OUTCOMES:
+                self._write_record(migration, _OUTGOING_OUTCOMES[outgoing.stage], outgoing.code)
+        for migration, incoming in state.incoming.items():
+            if incoming.stage in _INCOMING_OUTCOMES:
+                self._write_record(migration, _INCOMING_OUTCOMES[incoming.stage], incoming.code)
+
+    def _write_record(self, migration: str, ended: Outcome, code: str | None) -> None:
+        if migration in self._migrations.past or migration in self._migrations.records:
+            return
+        state, own = self._host.journal.state, self._host.identity
+        incoming, outgoing = state.incoming.get(migration), state.outgoing.get(migration)
+        found = incoming or outgoing
+        assert found is not None
         role = phases.Role.DESTINATION if incoming else phases.Role.SOURCE
         peer = incoming.reserved.source_host if incoming else outgoing.ticket.destination_host if outgoing else ""
         peers = {role.value: own.uri, role.peer.value: Identity(own.trust_domain, Role.HOST, peer).uri}
-        record = MigrationRecord(step.migration, step.instance, role, peers, awaiting_peer=False)
-        code = "guest_lost" if ended is Outcome.GUEST_LOST else step.reason or "daemon_restarted"
+        if code == "guest_lost" and role is phases.Role.SOURCE and self._is_lost(found.instance):
+            ended = Outcome.GUEST_LOST
+        record = MigrationRecord(migration, found.instance, role, peers, awaiting_peer=False)
+        code = "guest_lost" if ended is Outcome.GUEST_LOST else code or "daemon_restarted"
         error = VmMigrateError("the daemon restarted", code=code)
+        if ended is Outcome.FAILED:
+            ended = outcome_of(error, phases.Phase.FAILED)
         record.finish(ended, None if ended is Outcome.MOVED else error)
-        self._migrations.records[step.migration] = record
+        self._migrations.records[migration] = record
+
+    def _is_lost(self, instance: str) -> bool:
+        known = self._host.journal.state.instances.get(instance)
+        return known is not None and known.holding is Holding.LOST
 
     def _epoch(self, step: RecoveryStep) -> Epoch:
         return self._host.journal.state.instances[step.instance].epoch
@@ -271,4 +295,17 @@ _OUTCOMES: Mapping[Step, Outcome] = {
     Step.RETURN: Outcome.FAILED,
     Step.FINISH_START: Outcome.MOVED,
     Step.LOST: Outcome.GUEST_LOST,
+}
+
+# How a migration had ended before, by what the journal says of it.
+_OUTGOING_OUTCOMES: Mapping[Outgoing, Outcome] = {
+    Outgoing.ENDED: Outcome.FAILED,
+    Outgoing.RECLAIMED: Outcome.FAILED,
+    Outgoing.FREED: Outcome.MOVED,
+}
+_INCOMING_OUTCOMES: Mapping[Incoming, Outcome] = {
+    Incoming.STARTED: Outcome.MOVED,
+    Incoming.REFUSED: Outcome.FAILED,
+    Incoming.RETURNED: Outcome.FAILED,
+    Incoming.ABANDONED: Outcome.FAILED,
 }

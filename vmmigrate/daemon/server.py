@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -43,6 +44,8 @@ LIST_CHECK_S: Final = 3600.0
 
 async def run_until_signal(config: Config, on_ready: OnReady) -> None:
     """As `run_daemon`, until SIGTERM or SIGINT; SIGHUP reads certificates and revocation list again."""
+    gc.collect()
+    gc.freeze()  # the modules; what is swept after each migration (`migrations.sweep`) is not all that again
     with trio.open_signal_receiver(signal.SIGHUP) as hangups:
         async with open_group() as nursery:
             nursery.start_soon(_stop_on_signal, nursery)
@@ -102,7 +105,13 @@ def _open_state(state: Path, fsync: Callable[[int], None]) -> tuple[AsyncJournal
         documents = DocumentStore(state, fsync)
     except OSError as exc:
         raise UsageError(f"{state}: {exc.strerror}", code="bad_state_directory") from None
-    return AsyncJournal(Journal(state / "journal.vmmj", fsync)), documents
+    journal = Journal(state / "journal.vmmj", fsync)
+    try:
+        documents.remove_unfinished()
+    except OSError as exc:
+        journal.close()
+        raise UsageError(f"{state}: {exc.strerror}", code="bad_state_directory") from None
+    return AsyncJournal(journal), documents
 
 
 async def _serve(
