@@ -13,7 +13,7 @@ COMPILE := $(BIN)/uv pip compile --no-config --quiet --universal --python-versio
 
 export PYTHON VENV
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type contracts check check-long model compat fixtures bench docs lock fmt clean fuzz base dev fuzzers
+.PHONY: help setup demo test lint type contracts check check-long model faults compat fixtures bench docs lock fmt clean fuzz base dev fuzzers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -42,12 +42,15 @@ contracts: dev ## who may import whom
 check: lint type contracts ## everything that has to hold before a commit, at most 25 minutes; CI runs this
 	@VMM_CHECK=1 $(BIN)/pytest $(ARGS)
 
-check-long: lint type contracts ## the same with many more generated examples; by hand
+check-long: lint type contracts ## the same with many more generated examples and 200 migrations under fire; by hand
 	@VMM_CHECK=1 VMM_LONG=1 $(BIN)/pytest $(ARGS)
 
 model: dev ## explore the ownership rules under an adversary, two failures deep (ARGS="--failures 3 --chain ab")
 	@set -e; if [ -n "$(ARGS)" ]; then $(BIN)/python -m tools.model $(ARGS); else \
 		for chain in ab aba abc again; do $(BIN)/python -m tools.model --failures 2 --chain $$chain; done; fi
+
+faults: dev ## strike at every message boundary of real migrations with every fault (ARGS="--fault stall --every 3")
+	@$(BIN)/python -m tools.faults $(ARGS)
 
 compat: dev ## only the tests that read golden files
 	@$(BIN)/pytest -k "golden or frozen or conformance" $(ARGS)

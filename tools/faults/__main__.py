@@ -1,95 +1,55 @@
-"""Strike at every boundary with every fault, print the matrix, and fail when a promise was broken.
+"""Strike at every message boundary of real migrations with every fault, and judge by witnesses.
 
-python -m tools.faults                    everything
-python -m tools.faults --short            kills and cuts only
-python -m tools.faults --fault cut --every 3
+Two daemons and an embedded guest, each a process of its own. After every fault both daemons are started again, and
+when all is settled there is exactly one owner, its guest is whole, and nothing is left of the other. Prints the matrix:
+a row for each boundary, a column for each fault; exit code 1 when a promise was broken.
+
+examples:
+  python -m tools.faults                          everything: about 400 trials
+  python -m tools.faults --short                  kills and cuts only, as in `make check`
+  python -m tools.faults --fault stall --fault cut --every 3
+  python -m tools.faults --short --json > faults.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
 
-from tools.faults.relay import Boundary, Side
-from tools.faults.site import open_site
-from tools.faults.trial import SHORT, Fault, Pair, Verdict, run_trial
+from tools.faults.matrix import line_of, matrix, to_plain
+from tools.faults.runner import Campaign
+from tools.faults.trial import SHORT, Fault, Result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="tools.faults", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="tools.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--short", action="store_true", help="kills and cuts only")
     parser.add_argument("--fault", action="append", choices=[fault.value for fault in Fault], help="only these")
-    parser.add_argument("--every", type=int, default=1, help="strike at every N-th boundary only")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="strike at every N-th boundary only")
+    parser.add_argument("--jobs", type=int, default=6, metavar="N", help="pairs of hosts at work at once (6)")
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after so long, and say what was left out")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout; progress goes to stderr")
     chosen = parser.parse_args(argv)
     faults = [Fault(name) for name in chosen.fault or []] or list(SHORT if chosen.short else Fault)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # daemons and guests are ended on every way out
+    campaign = Campaign(faults, chosen.every, chosen.jobs, chosen.seconds, on_result=_tell)
     with tempfile.TemporaryDirectory(prefix="vmmigrate-faults-") as root:
-        verdicts = trio.run(run_all, Path(root), faults, chosen.every, chosen.seconds)
-    return report(verdicts)
+        trio.run(campaign.run, Path(root))
+    print(json.dumps(to_plain(campaign)) if chosen.json else matrix(campaign))
+    return 1 if campaign.broken or campaign.left_out else 0
 
 
-async def run_all(root: Path, faults: Sequence[Fault], every: int, seconds: float) -> list[Verdict]:
-    """All trials, one after the other, on one pair of hosts that is restarted as needed."""
-    verdicts: list[Verdict] = []
-    deadline = time.monotonic() + seconds
-    async with open_site(root, "source", "destination") as site:
-        pair = Pair(site)
-        await pair.start()
-        calm, records = await run_trial(pair, Fault.CUT, None)
-        verdicts.append(calm)
-        print(f"without a fault: {calm.outcome}, records {_shown(records)}", flush=True)
-        for fault in faults:
-            for boundary in _boundaries(records, every):
-                if time.monotonic() > deadline:
-                    print("time is up: the rest was left out", flush=True)
-                    return verdicts
-                verdict, _ = await run_trial(pair, fault, boundary)
-                verdicts.append(verdict)
-                print(_line(verdict), flush=True)
-                await pair.restart_dead()
-    return verdicts
-
-
-def _boundaries(records: Mapping[Side, int], every: int) -> Iterator[Boundary]:
-    for side, count in records.items():
-        for number in range(0, count, every):
-            yield Boundary(side, number)
-
-
-def _shown(records: Mapping[Side, int]) -> str:
-    return ", ".join(f"{side.value} {count}" for side, count in records.items())
-
-
-def _line(verdict: Verdict) -> str:
-    reached = "" if verdict.reached else " (not reached)"
-    problems = "".join(f"\n    BROKEN: {problem}" for problem in verdict.problems)
-    owner = verdict.owner or "nobody"
-    return f"{verdict.fault.value:17} {verdict.boundary!s:16} {verdict.outcome:11} owner {owner}{reached}{problems}"
-
-
-def report(verdicts: Sequence[Verdict]) -> int:
-    """The matrix: per fault, how many trials, how they ended, and what was broken. 1 when anything was."""
-    print(f"\n{'fault':17} {'trials':>6} {'source':>7} {'dest':>5} {'nobody':>7} {'broken':>7}")
-    for fault in Fault:
-        rows = [verdict for verdict in verdicts if verdict.fault is fault and verdict.boundary is not None]
-        if rows:
-            owners = [row.owner for row in rows]
-            count = sum(bool(row.problems) for row in rows)
-            print(
-                f"{fault.value:17} {len(rows):6} {owners.count('source'):7} {owners.count('destination'):5}"
-                f" {owners.count(None):7} {count:7}"
-            )
-    broken = [verdict for verdict in verdicts if verdict.problems]
-    print(f"{len(verdicts)} trials, {len(broken)} broken")
-    return 1 if broken else 0
+def _tell(result: Result, left: int) -> None:
+    print(f"{left:4} left  {line_of(result)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ Strike = Callable[[], Awaitable[None]]
 class Relay:
     """Relays connections to *port* of this machine, and strikes once, at *boundary*.
 
+    A stall is a black hole: it swallows this connection and all that come later. All other damage is done to one
+    connection, and who comes again finds a good one.
+
     Attributes:
         records: How many records each side has sent.
         struck: Set when the boundary was reached.
@@ -64,7 +67,7 @@ class Relay:
         self._boundary = boundary
         self._damage = damage
         self._strike = strike
-        self._stalled: set[Side] = set()
+        self._is_stalled = False
         self.records = dict.fromkeys(Side, 0)
         self.struck = trio.Event()
 
@@ -85,38 +88,42 @@ class Relay:
     async def _pass_on(
         self, side: Side, origin: trio.SocketStream, sink: trio.SocketStream, nursery: trio.Nursery
     ) -> None:
-        pending = bytearray()
+        pending, muted = bytearray(), False
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for chunk in origin:
                 pending += chunk
                 while (record := _take_record(pending)) is not None:
-                    await self._pass_record(side, record, sink, nursery)
-            await sink.send_eof()
+                    is_here = self._is_boundary(side)
+                    if is_here:
+                        muted = self._damage is Damage.HALF_CUT
+                        await self._hit(nursery)
+                        record = self._damaged(record)
+                    if not muted and not self._is_stalled:
+                        await sink.send_all(record)
+                    if is_here and self._damage is Damage.TRUNCATE:
+                        nursery.cancel_scope.cancel()
+            if not muted and not self._is_stalled:
+                await sink.send_eof()
 
-    async def _pass_record(self, side: Side, record: bytes, sink: trio.SocketStream, nursery: trio.Nursery) -> None:
+    def _is_boundary(self, side: Side) -> bool:
         here = Boundary(side, self.records[side])
         self.records[side] += 1
-        if here == self._boundary:
-            self.struck.set()
-            await self._strike()
-            record = self._damaged(side, record, nursery)
-        if side not in self._stalled:
-            await sink.send_all(record)
-        if here == self._boundary and self._damage is Damage.TRUNCATE:
-            nursery.cancel_scope.cancel()
+        return here == self._boundary
 
-    def _damaged(self, side: Side, record: bytes, nursery: trio.Nursery) -> bytes:
+    async def _hit(self, nursery: trio.Nursery) -> None:
+        self.struck.set()
+        await self._strike()
         if self._damage is Damage.CUT:
             nursery.cancel_scope.cancel()
-        elif self._damage is Damage.HALF_CUT:
-            self._stalled.add(side)
         elif self._damage is Damage.STALL:
-            self._stalled.update(Side)
-        elif self._damage is Damage.DUPLICATE:
+            self._is_stalled = True
+
+    def _damaged(self, record: bytes) -> bytes:
+        if self._damage is Damage.DUPLICATE:
             return record + record
-        elif self._damage is Damage.TRUNCATE:
+        if self._damage is Damage.TRUNCATE:
             return record[: len(record) // 2]
-        elif self._damage is Damage.CORRUPT:
+        if self._damage is Damage.CORRUPT:
             return record[:-1] + bytes([record[-1] ^ 1])
         return record
 

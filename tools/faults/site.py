@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import trio
 
 import vmmigrate
+from tools.faults.forks import DaemonProcess, Forks
 from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
@@ -25,6 +26,7 @@ from vmmigrate.net.tls import TlsFiles
 
 TRUST_DOMAIN = "test.example"
 READY_DEADLINE_S = 30.0
+END_DEADLINE_S = 10.0
 
 
 @dataclass
@@ -33,14 +35,19 @@ class HostProcess:
 
     name: str
     config: Path
-    process: trio.Process
+    process: DaemonProcess
     url: str
     client: HostClient
+    stack: contextlib.AsyncExitStack
 
     async def kill(self) -> None:
         """SIGKILL: no chance to clean up."""
         self.process.send_signal(signal.SIGKILL)
         await self.process.wait()
+
+    async def aclose(self) -> None:
+        """End the daemon, if it still runs, and our connections to it. Idempotent."""
+        await self.stack.aclose()
 
     async def record(self, migration_id: str) -> dict[str, Any]:
         return dict(await self.client.get(f"/v1/migrations/{migration_id}"))
@@ -48,44 +55,70 @@ class HostProcess:
     async def instance(self, instance_id: str) -> dict[str, Any]:
         return dict(await self.client.get(f"/v1/instances/{instance_id}"))
 
+    @property
+    def state(self) -> Path:
+        return self.config.parent / f"state-{self.name}"
+
+    @property
+    def runtime(self) -> Path:
+        return self.config.parent / f"run-{self.name}"
+
 
 @dataclass
 class Site:
+    """Hosts that trust each other.
+
+    Attributes:
+        forks: Who starts the daemons; None: each is executed, and takes its time.
+    """
+
     root: Path
     stack: contextlib.AsyncExitStack
     operator: TlsFiles
+    forks: Forks | None = None
 
     async def start(self, name: str) -> HostProcess:
         """Start the daemon of host *name*, or start it again."""
         config = self.root / f"{name}.toml"
         if not config.exists():
             _write_config(self.root, config, name)
-        with _log(self.root, name) as log:
-            process = await trio.lowlevel.open_process(
-                [sys.executable, "-m", "vmmigrate", "daemon", "--config", str(config), "-o", "json"],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": str(Path(vmmigrate.__file__).parent.parent)},
-                start_new_session=True,
-            )
-        self.stack.push_async_callback(_end, process)
-        facts = await _ready(process, name)
-        client = await self.stack.enter_async_context(open_client(facts["api_url"], self.operator))
-        return HostProcess(name, config, process, facts["api_url"], client)
+        stack = contextlib.AsyncExitStack()
+        self.stack.push_async_callback(stack.aclose)
+        arguments = ["daemon", "--config", str(config), "-o", "json"]
+        start = _execute if self.forks is None else self.forks.start
+        reading, writing = os.pipe()
+        stdout = await stack.enter_async_context(trio.lowlevel.FdStream(reading))
+        with _opened(writing) as ready, _log(self.root, name) as log:
+            process = await start(arguments, ready.fileno(), log.fileno())
+        stack.push_async_callback(_end, process)
+        facts = await _ready(stdout, name)
+        client = await stack.enter_async_context(open_client(facts["api_url"], self.operator))
+        return HostProcess(name, config, process, facts["api_url"], client, stack)
+
+
+async def _execute(arguments: Sequence[str], stdout: int, stderr: int) -> DaemonProcess:
+    return await trio.lowlevel.open_process(
+        [sys.executable, "-m", "vmmigrate", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        env={**os.environ, "PYTHONPATH": str(Path(vmmigrate.__file__).parent.parent)},
+        start_new_session=True,
+    )
 
 
 @contextlib.asynccontextmanager
-async def open_site(root: Path, *names: str) -> AsyncIterator[Site]:
+async def open_site(root: Path, *names: str, forks: Forks | None = None) -> AsyncIterator[Site]:
     """Certificates, and everything ended on leaving: daemons, and every guest process that runs under *root*."""
     authority = root / "pki"
-    authority.mkdir()
+    authority.mkdir(parents=True)
     pki.init_authority(authority, TRUST_DOMAIN)
     for name in names:
         pki.issue(authority, Identity(TRUST_DOMAIN, Role.HOST, name), ip_addresses=["127.0.0.1"])
     files = pki.issue(authority, Identity(TRUST_DOMAIN, Role.OPERATOR, "tester"))
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(end_guests, root)
-        yield Site(root, stack, TlsFiles(files.ca, files.certificate, files.key))
+        yield Site(root, stack, TlsFiles(files.ca, files.certificate, files.key), forks)
 
 
 def port_of(config: Path, interface: str) -> int:
@@ -115,31 +148,35 @@ def _log(root: Path, name: str) -> BinaryIO:
     return open(root / f"{name}.log", "ab")
 
 
-async def _ready(process: trio.Process, name: str) -> dict[str, Any]:
-    assert process.stdout is not None
+def _opened(fd: int) -> BinaryIO:
+    return open(fd, "wb")
+
+
+async def _ready(stdout: trio.lowlevel.FdStream, name: str) -> dict[str, Any]:
     line = b""
     with trio.fail_after(READY_DEADLINE_S):
         while not line.endswith(b"\n"):
-            chunk = await process.stdout.receive_some()
+            chunk = await stdout.receive_some()
             assert chunk, f"daemon {name} ended before it was ready: see its log"
             line += chunk
-    return dict(json.loads(line))
+    facts = dict(json.loads(line))
+    assert facts.get("ready"), f"daemon {name} did not start: {facts}"
+    return facts
 
 
-async def _end(process: trio.Process) -> None:
+async def _end(process: DaemonProcess) -> None:
     with trio.CancelScope(shield=True):
         if process.returncode is None:
-            process.terminate()
-            with trio.move_on_after(10):
+            process.send_signal(signal.SIGTERM)
+            with trio.move_on_after(END_DEADLINE_S):
                 await process.wait()
         if process.returncode is None:
-            process.kill()
-            await process.wait()
-        if process.stdout is not None:
-            await process.stdout.aclose()
+            process.send_signal(signal.SIGKILL)
+        await process.wait()
 
 
 def _write_config(root: Path, path: Path, name: str) -> None:
+    """Windows are short, so that a process which is stopped for a while misses them."""
     api, migration, bulk = _free_ports(3)
     path.write_text(
         f"""
@@ -156,6 +193,8 @@ state = "state-{name}"
 runtime = "run-{name}"
 witness = "witness"
 [limits]
+handoff_window_s = 3
+verdict_s = 3
 resume_window_s = 3
 """
     )

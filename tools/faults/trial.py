@@ -8,29 +8,39 @@ import os
 import signal
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
+from functools import partial
 
 import trio
 
+from tools.faults.judge import Verdict, judge, state_of
+from tools.faults.pair import Pair
 from tools.faults.relay import Boundary, Damage, Relay, Side
-from tools.faults.site import HostProcess, Site, guest_pids, port_of
+from tools.faults.site import HostProcess, guest_pids, port_of
 from vmmigrate.errors import VmMigrateError
-from vmmigrate.hypervisor.embedded.witness import Interval, check_single_owner, read_witness
 
 SETTLE_DEADLINE_S = 60.0
+TRIAL_DEADLINE_S = 240.0
 STOPPED_S = 5.0
+_POLL_S = 0.02
+_WORKING_SET_MIB = 2
 
 
 class Fault(StrEnum):
-    """What strikes. The first four hit processes, the others the wire."""
+    """What strikes. `kill` and `stop` (SIGSTOP for 5 s) hit processes, the others the wire.
+
+    The guest is the one that runs at the source; the arrival is the one that the destination builds.
+    """
 
     KILL_SOURCE = "kill_source"
     KILL_DESTINATION = "kill_destination"
     KILL_GUEST = "kill_guest"
-    STOP_SOURCE = "stop_source"
+    KILL_ARRIVAL = "kill_arrival"
     CUT = "cut"
+    STOP_SOURCE = "stop_source"
+    STOP_DESTINATION = "stop_destination"
+    STOP_GUEST = "stop_guest"
     HALF_CUT = "half_cut"
     STALL = "stall"
     DUPLICATE = "duplicate"
@@ -38,73 +48,118 @@ class Fault(StrEnum):
     CORRUPT = "corrupt"
 
 
-SHORT = (Fault.KILL_SOURCE, Fault.KILL_DESTINATION, Fault.KILL_GUEST, Fault.CUT)
+SHORT = (Fault.KILL_SOURCE, Fault.KILL_DESTINATION, Fault.KILL_GUEST, Fault.KILL_ARRIVAL, Fault.CUT)
 _DAMAGE = {fault: Damage(fault.value) for fault in Fault if fault.value in set(Damage)}
+_KILLED = {Fault.KILL_SOURCE: "source", Fault.KILL_DESTINATION: "destination"}
+_STOPPED = {Fault.STOP_SOURCE: "source", Fault.STOP_DESTINATION: "destination"}
+_VICTIM = {Fault.KILL_GUEST: "source", Fault.KILL_ARRIVAL: "destination"}
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How a trial ended. `problems` is empty when every promise was kept."""
+class Trial:
+    """What is to be tried. No boundary: nothing strikes."""
 
     fault: Fault
     boundary: Boundary | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial ended. `verdict.problems` is empty when every promise was kept."""
+
+    trial: Trial
     reached: bool
-    outcome: str
-    owner: str | None
-    problems: tuple[str, ...] = ()
+    verdict: Verdict
+    seconds: float
+    records: Mapping[Side, int]
 
 
-@dataclass
-class Pair:
-    """The two hosts of a trial, restarted as needed, so that most trials need no new processes."""
+async def run_trial(pair: Pair, trial: Trial) -> Result:
+    """Migrate a fresh guest and strike; then judge, and clean up.
 
-    site: Site
-    hosts: dict[str, HostProcess] = field(default_factory=dict)
-
-    async def start(self) -> None:
-        for name in ("source", "destination"):
-            self.hosts[name] = await self.site.start(name)
-
-    async def restart_dead(self) -> None:
-        for name, host in self.hosts.items():
-            if host.process.returncode is not None:
-                self.hosts[name] = await self.site.start(name)
+    Raises: trio.TooSlowError: Something does not answer at all.
+    """
+    with trio.fail_after(TRIAL_DEADLINE_S):
+        return await _run_trial(pair, trial)
 
 
-async def run_trial(pair: Pair, fault: Fault, boundary: Boundary | None) -> tuple[Verdict, Mapping[Side, int]]:
-    """Migrate a fresh guest and strike at *boundary* (None: never). Also how many records each side sent."""
+async def _run_trial(pair: Pair, trial: Trial) -> Result:
+    begun = trio.current_time()
+    instance = await create_guest(pair.hosts["source"])
+    migration, relay = await migrate_under_fire(pair, trial, instance)
+    verdict = await judge(pair, instance, migration, victim_of(trial) if relay.struck.is_set() else None)
+    return Result(trial, relay.struck.is_set(), verdict, trio.current_time() - begun, dict(relay.records))
+
+
+async def migrate_under_fire(pair: Pair, trial: Trial, instance: str) -> tuple[str, Relay]:
+    """Migrate the guest and strike; the migration, when all is settled or will not be."""
     source = pair.hosts["source"]
-    instance = await _create(source)
-    pid = (await source.instance(instance))["guest"]["pid"]
-    damage = _DAMAGE.get(fault, Damage.NONE)
-    relay = Relay(port_of(source.config, "migration"), boundary, damage, lambda: _strike(pair, fault, pid))
+    guest = int((await source.instance(instance))["guest"]["pid"])
     async with trio.open_nursery() as nursery:
+        stops = Stops(nursery)
+        relay = Relay(
+            port_of(source.config, "migration"),
+            trial.boundary,
+            _DAMAGE.get(trial.fault, Damage.NONE),
+            partial(strike, pair, trial.fault, guest, stops),
+        )
         port = await nursery.start(relay.serve)
-        migration = await _begin(pair, instance, port)
+        migration = await begin(pair, instance, port)
         with contextlib.suppress(trio.TooSlowError):
-            await _wait_settled(pair, migration, instance)
-        verdict = await _judge(pair, fault, boundary, relay.struck.is_set(), instance, migration)
-        await _clean(pair, instance)
+            await wait_settled(pair, migration, instance)
+            await stops.wait_over()
+            await wait_settled(pair, migration, instance)
         nursery.cancel_scope.cancel()
-    return verdict, dict(relay.records)
+    return migration, relay
 
 
-async def _strike(pair: Pair, fault: Fault, guest_pid: int) -> None:
-    if fault is Fault.KILL_SOURCE:
-        await pair.hosts["source"].kill()
-    elif fault is Fault.KILL_DESTINATION:
-        await pair.hosts["destination"].kill()
-    elif fault is Fault.KILL_GUEST:
+def victim_of(trial: Trial) -> str | None:
+    """Whose guest process is killed on purpose."""
+    return _VICTIM.get(trial.fault)
+
+
+class Stops:
+    """Processes that were stopped, and go on after a while, whatever happens."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._over: list[trio.Event] = []
+
+    def stop(self, pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        over = trio.Event()
+        self._over.append(over)
+        self._nursery.start_soon(self._go_on, pid, over)
+
+    async def _go_on(self, pid: int, over: trio.Event) -> None:
+        try:
+            await trio.sleep(STOPPED_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+            over.set()
+
+    async def wait_over(self) -> None:
+        for over in self._over:
+            await over.wait()
+
+
+async def strike(pair: Pair, fault: Fault, guest: int, stops: Stops) -> None:
+    if fault in _KILLED:
+        await pair.hosts[_KILLED[fault]].kill()
+    elif fault in _STOPPED:
+        stops.stop(pair.hosts[_STOPPED[fault]].process.pid)
+    elif fault is Fault.STOP_GUEST:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(guest_pid, signal.SIGKILL)
-    elif fault is Fault.STOP_SOURCE:
-        process = pair.hosts["source"].process
-        process.send_signal(signal.SIGSTOP)
-        await trio.sleep(STOPPED_S)
-        process.send_signal(signal.SIGCONT)
+            stops.stop(guest)
+    elif fault in _VICTIM:
+        for pid in guest_pids(pair.site.root):
+            if (pid == guest) is (fault is Fault.KILL_GUEST):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
-async def _begin(pair: Pair, instance: str, port: int) -> str:
+async def begin(pair: Pair, instance: str, port: int) -> str:
     """Start the migration through the relay; a host that dies before it answers is a fault like any other."""
     source, destination = pair.hosts["source"], pair.hosts["destination"]
     ticket = await source.client.post(
@@ -117,7 +172,7 @@ async def _begin(pair: Pair, instance: str, port: int) -> str:
     return str(ticket["migration_id"])
 
 
-async def _wait_settled(pair: Pair, migration: str, instance: str) -> None:
+async def wait_settled(pair: Pair, migration: str, instance: str) -> None:
     """Until nobody is busy with the migration any more, both daemons being up.
 
     Raises: trio.TooSlowError: the judge then says what still is not as it must be.
@@ -127,13 +182,13 @@ async def _wait_settled(pair: Pair, migration: str, instance: str) -> None:
             await pair.restart_dead()
             if await _is_settled(pair, migration, instance):
                 return
-            await trio.sleep(0.05)
+            await trio.sleep(_POLL_S)
 
 
 async def _is_settled(pair: Pair, migration: str, instance: str) -> bool:
     try:
         sides = [await host.client.get(f"/v1/migrations/{migration}/side") for host in pair.hosts.values()]
-        states = [await _state(host, instance) for host in pair.hosts.values()]
+        states = [await state_of(host, instance) for host in pair.hosts.values()]
     except VmMigrateError:
         return False  # it died just now
     outgoing, incoming = sides[0]["outgoing"], sides[1]["incoming"]
@@ -148,74 +203,7 @@ async def _is_settled(pair: Pair, migration: str, instance: str) -> bool:
     )
 
 
-async def _state(host: HostProcess, instance: str) -> str:
-    """What the host says of the instance; `absent` when it knows none."""
-    try:
-        return str((await host.instance(instance))["state"])
-    except VmMigrateError as exc:
-        if exc.code == "unknown_instance":
-            return "absent"
-        raise
-
-
-# A guest may be lost only when its own process was killed while it was the guest's only copy.
-_MAY_LOSE_GUEST = frozenset({Fault.KILL_GUEST})
-
-
-async def _judge(
-    pair: Pair, fault: Fault, boundary: Boundary | None, reached: bool, instance: str, migration: str
-) -> Verdict:
-    """Whether every promise was kept: one owner, guest alive and consistent, nothing left over."""
-    states = {name: await _state(host, instance) for name, host in pair.hosts.items()}
-    running = [name for name, state in states.items() if state == "running"]
-    problems: list[str] = []
-    if len(running) != 1 and not (fault in _MAY_LOSE_GUEST and not running and "lost" in states.values()):
-        problems.append(f"not exactly one owner: {states}")
-    if fault not in _MAY_LOSE_GUEST and "lost" in states.values():
-        problems.append(f"the guest is lost: {states}")
-    for name in running:
-        problems += await _check_guest(pair.hosts[name], instance)
-    owners = check_single_owner(_intervals(pair.site.root, instance))
-    problems += owners.problems
-    pids = guest_pids(pair.site.root)
-    if len(pids) != len(running):
-        problems.append(f"{len(pids)} guest processes for {len(running)} owners")
-    outcome = await _outcome(pair.hosts["source"], migration)
-    return Verdict(fault, boundary, reached, outcome, running[0] if running else None, tuple(problems))
-
-
-async def _check_guest(host: HostProcess, instance: str) -> list[str]:
-    """Let the guest live a little, then hear its own verdict on its memory."""
-    before = (await host.instance(instance))["guest"]["heartbeats"]
-    with trio.move_on_after(5):
-        while (await host.instance(instance))["guest"]["heartbeats"] < before + 20:
-            await trio.sleep(0.01)
-    check = await host.client.post(f"/v1/instances/{instance}:check")
-    beats = (await host.instance(instance))["guest"]["heartbeats"]
-    problems = [] if check["consistent"] else [f"the guest is inconsistent: {check['reason']}"]
-    return problems if beats >= before + 20 else [*problems, "the guest's heart does not beat"]
-
-
-def _intervals(root: Path, instance: str) -> list[Interval]:
-    found = [interval for path in (root / "witness").glob("*.witness") for interval in read_witness(path)]
-    return [interval for interval in found if interval.instance_id == instance]
-
-
-async def _outcome(source: HostProcess, migration: str) -> str:
-    try:
-        return str((await source.record(migration))["outcome"])
-    except VmMigrateError as exc:
-        return exc.code
-
-
-async def _clean(pair: Pair, instance: str) -> None:
-    """Delete the guest wherever it is, so that the next trial starts with nothing."""
-    for host in pair.hosts.values():
-        with contextlib.suppress(VmMigrateError):
-            await host.client.delete(f"/v1/instances/{instance}")
-
-
-async def _create(host: HostProcess) -> str:
+async def create_guest(host: HostProcess) -> str:
     """A guest that has written its working set."""
     instance = str(uuid.uuid4())
     board = {"cpus": 1, "memory_mb": 8, "chipset": {"type": "i440_fx", "value": {"enable_pcie": False}}}
@@ -224,11 +212,11 @@ async def _create(host: HostProcess) -> str:
         "id": instance,
         "spec_version": "v3",
         "spec": {"board": board, "components": components, "smbios": None},
-        "program": {"name": "stress", "working_set_mib": 2, "rate_pages_per_s": 1000},
+        "program": {"name": "stress", "working_set_mib": _WORKING_SET_MIB, "rate_pages_per_s": 1000},
         "start": True,
     }
     await host.client.post("/v1/instances", text=json.dumps(body))
     with trio.fail_after(SETTLE_DEADLINE_S):
-        while (await host.instance(instance))["guest"]["program"]["filled_pages"] < 512:
-            await trio.sleep(0.01)
+        while (await host.instance(instance))["guest"]["program"]["filled_pages"] < _WORKING_SET_MIB * 256:
+            await trio.sleep(_POLL_S)
     return instance

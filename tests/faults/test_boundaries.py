@@ -1,0 +1,39 @@
+"""The short form of `make faults`: kills and cuts at every message boundary of real migrations."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import trio
+
+from tools.faults.matrix import matrix
+from tools.faults.relay import Side
+from tools.faults.runner import Campaign
+from tools.faults.trial import SHORT
+
+DEADLINE_S = 900.0
+# How many TLS records each side sends at least: handshake, Offer to Handoff and Running, goodbye.
+LEAST_RECORDS = {Side.SOURCE: 15, Side.DESTINATION: 10}
+
+
+@pytest.mark.slow
+@pytest.mark.required
+async def test_kills_and_cuts_at_every_message_boundary_leave_one_owner_and_nothing_else() -> None:
+    """Source, destination, guest and arriving guest are killed, and the link is cut, before each record of either side.
+
+    Judged by the guests' own witnesses; a guest is lost only with the process that ran it last, and then said to be;
+    no process, memfd, socket, file or ticket is left over. (Paths of sockets are short: pytest's directories are not.)
+    """
+    campaign = Campaign(SHORT, jobs=3)
+
+    with tempfile.TemporaryDirectory(prefix="vmmigrate-") as root, trio.fail_after(DEADLINE_S):
+        await campaign.run(Path(root))
+
+    assert not campaign.broken, matrix(campaign)
+    assert campaign.left_out == 0
+    for side, least in LEAST_RECORDS.items():
+        for fault in SHORT:
+            struck = {r.trial.boundary for r in campaign.results if r.reached and r.trial.fault is fault}
+            assert sum(boundary is not None and boundary.side is side for boundary in struck) >= least, matrix(campaign)
