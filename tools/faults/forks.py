@@ -47,6 +47,7 @@ class ForkedProcess:
     def __init__(self, pid: int, fd: int) -> None:
         self.pid = pid
         self._fd = fd
+        self._waiting = trio.Lock()  # trio lets only one task wait on a descriptor
 
     @property
     def returncode(self) -> int | None:
@@ -62,11 +63,12 @@ class ForkedProcess:
                 signal.pidfd_send_signal(self._fd, number)
 
     async def wait(self) -> int:
-        """Until it has ended. One waiter only."""
-        if self._fd >= 0:
-            await trio.lowlevel.wait_readable(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+        """Until it has ended."""
+        async with self._waiting:
+            if self._fd >= 0:
+                await trio.lowlevel.wait_readable(self._fd)
+                os.close(self._fd)
+                self._fd = -1
         return 0
 
 
