@@ -20,6 +20,7 @@ import trio
 import vmmigrate
 from tools.faults.forks import DaemonProcess, Forks
 from vmmigrate.api.client import HostClient, open_client
+from vmmigrate.daemon.config import Config
 from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.tls import TlsFiles
@@ -27,6 +28,9 @@ from vmmigrate.net.tls import TlsFiles
 TRUST_DOMAIN = "test.example"
 READY_DEADLINE_S = 30.0
 END_DEADLINE_S = 10.0
+COMPACTS_EARLY = """[journal]
+compact_bytes = 8192"""
+HAS_COMPACTION = "journal" in Config.model_fields
 
 
 @dataclass
@@ -176,7 +180,7 @@ async def _end(process: DaemonProcess) -> None:
 
 
 def _write_config(root: Path, path: Path, name: str) -> None:
-    """Windows are short, so that a process which is stopped for a while misses them."""
+    """Windows are short, so that a process which is stopped for a while misses them; journals are compacted early."""
     api, migration, bulk = _free_ports(3)
     path.write_text(
         f"""
@@ -196,6 +200,7 @@ witness = "witness"
 handoff_window_s = 3
 verdict_s = 3
 resume_window_s = 3
+{COMPACTS_EARLY if HAS_COMPACTION else ""}
 """
     )
 

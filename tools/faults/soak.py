@@ -60,6 +60,7 @@ class Soak:
     Attributes:
         samples: Of both daemons, after each migration of the second half.
         rested: Of both daemons, when all was deleted and idle threads had time to end.
+        restarted: Of both daemons, started again after that.
     """
 
     seed: int
@@ -69,6 +70,7 @@ class Soak:
     outcomes: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     rested: list[Sample] = field(default_factory=list)
+    restarted: list[Sample] = field(default_factory=list)
 
     async def run(self, root: Path) -> None:
         """As many migrations; stops at the first broken promise."""
@@ -89,6 +91,9 @@ class Soak:
             self.rested = [_sample(host, self.migrations) for host in pair.hosts.values()]
             for name, host in pair.hosts.items():
                 self.problems += [f"{host.name}: {t}" for t in more_than(pair.descriptors(name), pair.at_rest[name])]
+                await host.aclose()
+            await pair.restart_dead()
+            self.restarted = [_sample(host, self.migrations) for host in pair.hosts.values()]
 
     async def _migrate(self, pair: Pair, number: int, trial: Trial | None, instance: str) -> str:
         """One migration; the instance that goes on, with the host that has it as the next source."""
