@@ -13,6 +13,7 @@ import trio
 
 from tests.migration.fleet import (
     ObservedHypervisor,
+    RunningHost,
     begin,
     create,
     migrate,
@@ -170,6 +171,33 @@ async def test_a_guest_that_ends_by_itself_is_lost_at_once(tmp_path: Path) -> No
         with trio.fail_after(10):
             while (await alpha.instance(instance))["state"] != "lost":
                 await trio.sleep(0.01)
+
+
+async def test_only_the_newest_records_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In memory and on disk, also over a restart: a daemon that lives long and migrates often does not grow."""
+    monkeypatch.setattr("vmmigrate.daemon.migrations.RECORDS_KEPT", 2)
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+        instance = await create(alpha)
+        moved = []
+        for source, destination in ((alpha, beta), (beta, alpha)):
+            moved.append((await migrate(source, destination, instance))["migration_id"])
+        await alpha.stop()
+        alpha = await fleet.start("alpha")
+        for source, destination in ((alpha, beta), (beta, alpha)):
+            moved.append((await migrate(source, destination, instance))["migration_id"])
+
+        with trio.fail_after(10):
+            for host in (alpha, beta):
+                while await _kept_records(host) != (moved[-2:], sorted(moved[-2:])):
+                    await trio.sleep(0.01)
+
+
+async def _kept_records(host: RunningHost) -> tuple[list[str], list[str]]:
+    """Ids of the migrations that it lists, and of those that have a file."""
+    listed = [record["migration_id"] for record in await host.client.get("/v1/migrations")]
+    files = (host.config.directories.state / "migrations").glob("*.json")
+    return listed, sorted(path.name.partition(".")[0] for path in files)
 
 
 async def test_a_record_that_was_not_saved_in_time_is_told_by_the_journal(tmp_path: Path) -> None:

@@ -104,9 +104,13 @@ class DocumentStore:
         """A migration's record as it ended."""
         self._write(self._migrations / f"{migration_id}.{record['role']}.json", record)
 
-    def load_records(self) -> Iterator[dict[str, Any]]:
-        for path in sorted(self._migrations.glob("*.json")):
-            yield _read(path)
+    def load_records(self) -> list[dict[str, Any]]:
+        """All of them, the oldest first."""
+        records = [_read(path) for path in self._migrations.glob("*.json")]
+        return sorted(records, key=lambda record: float(record["created_at_s"]))
+
+    def remove_record(self, migration_id: str, role: str) -> None:
+        (self._migrations / f"{migration_id}.{role}.json").unlink(missing_ok=True)
 
     def remove_unfinished(self) -> None:
         """Remove what a daemon left that died while it wrote. Only for who holds the journal's lock."""

@@ -59,13 +59,15 @@ CONNECT_DEADLINE_S = 10.0
 OFFER_DEADLINE_S = 10.0
 TICKET_BYTES = 32
 SETTLE_DEADLINE_S = 15.0
+RECORDS_KEPT = 1000
 
 
 class Migrations:
     """All migrations that this daemon knows of, both ways.
 
     Attributes:
-        records: By migration id, as JSON-ready maps for those that ended before this daemon started.
+        records: By migration id, of those that are not over.
+        past: As JSON-ready maps, of the newest `RECORDS_KEPT` of those that are; the oldest comes first.
         sources: Outgoing migrations whose guest this daemon holds; arriving: incoming ones under way.
         channels: The control channel of each migration that is under way.
         abilities: What this host offers and chooses among.
@@ -526,8 +528,18 @@ class Migrations:
         """Keep the record beyond this daemon. What is lost with it is a report, not a fact: the journal has those."""
         try:
             await trio.to_thread.run_sync(self.host.documents.save_record, record.migration_id, record.as_dict())
+            if record.outcome not in {None, Outcome.UNKNOWN}:
+                await self._retire(record)
         except StorageError as exc:
             log.error("migration.record_not_saved", migration=record.migration_id, text=exc.text)
+
+    async def _retire(self, record: MigrationRecord) -> None:
+        """Of one that is over the report is enough; and of those only the newest are kept."""
+        self.past[record.migration_id] = record.as_dict()
+        self.records.pop(record.migration_id, None)
+        while len(self.past) > RECORDS_KEPT:
+            oldest = self.past.pop(next(iter(self.past)))
+            await trio.to_thread.run_sync(self.host.documents.remove_record, oldest["migration_id"], oldest["role"])
 
     def _advertised(self) -> str:
         host = self.host.config.listen.advertise or self.host.config.listen.migration[0]

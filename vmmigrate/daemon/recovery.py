@@ -145,12 +145,13 @@ class _Recovery:
             self._write_record(step.migration, ended, step.reason)
 
     def note_unsaved(self) -> None:
-        """So has one that had ended already, when the last daemon died before it had saved the record."""
+        """So has one that had ended already, when the last daemon died before it had saved the record. Only of the
+        newest: those of long ago have been dropped."""
         state = self._host.journal.state
-        for migration, outgoing in state.outgoing.items():
+        for migration, outgoing in list(state.outgoing.items())[-_UNSAVED:]:
             if outgoing.stage in _OUTGOING_OUTCOMES:
                 self._write_record(migration, _OUTGOING_OUTCOMES[outgoing.stage], outgoing.code)
-        for migration, incoming in state.incoming.items():
+        for migration, incoming in list(state.incoming.items())[-_UNSAVED:]:
             if incoming.stage in _INCOMING_OUTCOMES:
                 self._write_record(migration, _INCOMING_OUTCOMES[incoming.stage], incoming.code)
 
@@ -296,6 +297,8 @@ _OUTCOMES: Mapping[Step, Outcome] = {
     Step.FINISH_START: Outcome.MOVED,
     Step.LOST: Outcome.GUEST_LOST,
 }
+
+_UNSAVED = 64  # more cannot have been about to be saved
 
 # How a migration had ended before, by what the journal says of it.
 _OUTGOING_OUTCOMES: Mapping[Outgoing, Outcome] = {
