@@ -101,6 +101,7 @@ class Wire:
         self._port = port
         self._deaf_sides = deaf_sides
         self.swallows = False
+        self.swallows_ready = False
         self._ready_passed = False
 
     async def run(self, task_status: trio.TaskStatus[int]) -> None:
@@ -119,7 +120,7 @@ class Wire:
         if not (self.swallows and self._deaf_sides == "both"):
             return False
         ready_passed, self._ready_passed = self._ready_passed, True
-        return ready_passed
+        return ready_passed or self.swallows_ready
 
     async def _copy(self, source: trio.SocketStream, sink: trio.SocketStream, swallows: Callable[[], bool]) -> None:
         try:

@@ -241,3 +241,28 @@ async def test_the_destination_takes_over_by_an_operators_word_when_the_handoff_
         assert (await check(beta, instance))["consistent"]
         owners = witnesses(fleet, instance)
         assert (owners.single, owners.hosts) == (True, ("alpha", "beta")), owners.problems
+
+
+async def test_a_source_that_can_be_asked_is_asked_before_the_destination_wins(tmp_path: Path) -> None:
+    """The operator says that the guest was given away; the source runs it, says so, and is believed."""
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha = await fleet.start("alpha")
+        beta = await fleet.start("beta", hypervisor_class=TellsWhenImported)
+        instance = await create(alpha, program=stress(2, 500))
+        wire = Wire(alpha.facts["migration"], "both")
+        wire.swallows_ready = True
+        port = await fleet.nursery.start(wire.run)
+        TellsWhenImported.on_import = staticmethod(lambda: setattr(wire, "swallows", True))
+        migration = await begin(alpha, beta, instance, source_address=f"127.0.0.1:{port}")
+        with trio.fail_after(20):
+            while (await beta.client.get(f"/v1/migrations/{migration}/side"))["incoming"] != "prepared":
+                await trio.sleep(0.01)
+        TellsWhenImported.on_import = staticmethod(lambda: None)
+
+        assert await refusal(beta, migration, "destination", released=[1, 1]) == "not_in_doubt"
+
+        assert (await beta.client.get(f"/v1/migrations/{migration}/side"))["incoming"] == "prepared"
+        await alpha.client.post(f"/v1/migrations/{migration}:cancel", {})
+        await wait_heartbeats(alpha, instance)
+        owners = witnesses(fleet, instance)
+        assert (owners.single, owners.hosts) == (True, ("alpha",)), owners.problems

@@ -150,7 +150,8 @@ class _Recovery:
         state = self._host.journal.state
         for migration, outgoing in list(state.outgoing.items())[-_UNSAVED:]:
             if outgoing.stage in _OUTGOING_OUTCOMES:
-                self._write_record(migration, _OUTGOING_OUTCOMES[outgoing.stage], outgoing.code)
+                code = "resolved_to_source" if outgoing.stage is Outgoing.RESOLVED else outgoing.code
+                self._write_record(migration, _OUTGOING_OUTCOMES[outgoing.stage], code)
         for migration, incoming in list(state.incoming.items())[-_UNSAVED:]:
             if incoming.stage in _INCOMING_OUTCOMES:
                 self._write_record(migration, _INCOMING_OUTCOMES[incoming.stage], incoming.code)
@@ -305,6 +306,7 @@ _OUTGOING_OUTCOMES: Mapping[Outgoing, Outcome] = {
     Outgoing.ENDED: Outcome.FAILED,
     Outgoing.RECLAIMED: Outcome.FAILED,
     Outgoing.FREED: Outcome.MOVED,
+    Outgoing.RESOLVED: Outcome.FAILED,
 }
 _INCOMING_OUTCOMES: Mapping[Incoming, Outcome] = {
     Incoming.STARTED: Outcome.MOVED,

@@ -22,7 +22,7 @@ from vmmigrate.hypervisor.base import Guest, RunState
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.threads import open_group
 from vmmigrate.ownership import rules
-from vmmigrate.ownership.records import Epoch
+from vmmigrate.ownership.records import Epoch, Reserved
 from vmmigrate.ownership.rules import Notice, OwnershipRefusal
 from vmmigrate.ownership.state import Incoming, Outgoing
 
@@ -32,6 +32,7 @@ DELIVERY_DEADLINE_S = 15.0
 DELIVER_AGAIN_FIRST_S = 0.5
 DELIVER_AGAIN_MOST_S = 30.0
 VERDICT_DEADLINE_S = 60.0
+ASK_DEADLINE_S = 5.0
 
 
 class Resolving:
@@ -118,6 +119,7 @@ class Resolving:
         incoming = state.incoming[migration_id]
         self._host.check_determinate(incoming.instance)
         if incoming.stage is Incoming.PREPARED:
+            await self._check_source_released(migration_id, incoming.reserved)
             channel = self._migrations.channels.get(migration_id)
             arriving = self._migrations.arriving.get(migration_id)
             if channel is None or arriving is None:
@@ -125,6 +127,21 @@ class Resolving:
             channel.fail(HandedOver(f"handed over by {by.uri}"))
             with trio.move_on_after(VERDICT_DEADLINE_S):
                 await arriving.over.wait()
+
+    async def _check_source_released(self, migration_id: str, reserved: Reserved) -> None:
+        """The operator's word is taken only where the source cannot be asked. Raises: OwnershipRefusal."""
+        source = Identity(self._host.identity.trust_domain, Role.HOST, reserved.source_host)
+        try:
+            with trio.fail_after(ASK_DEADLINE_S):
+                async with open_client(reserved.source_url, self._host.config.tls_files(), source) as client:
+                    side = await client.get(f"/v1/migrations/{migration_id}/side")
+        except (VmMigrateError, trio.TooSlowError) as exc:
+            log.warning("resolve.source_silent", migration=migration_id, why=str(exc))
+            return
+        stage = side.get("outgoing") if isinstance(side, dict) else None
+        if stage != Outgoing.RELEASED.value:
+            text = f"migration {migration_id}: its source says {stage}, not that it gave the guest away"
+            raise OwnershipRefusal(text, code="not_in_doubt")
 
     # -- superseded ------------------------------------------------------------------------------------------------
 
