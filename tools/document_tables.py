@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmmigrate.engine.limits import ORDER, ROWS, Deadlines
 from vmmigrate.ownership.requests import DONE, REFUSALS, Request
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -27,6 +28,26 @@ def request_table() -> Iterator[str]:
         yield f"| {found} | {' | '.join(cells)} |"
 
 
+def deadline_table() -> Iterator[str]:
+    """A row per wait: its setting, default, bounds, who waits for what, and what it is then called."""
+    yield "| `limits.` | default | allowed | who waits for what | at the source | at the destination | in the API |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    defaults = Deadlines()
+    for name, row in ROWS.items():
+        codes = " | ".join(f"`{code}`" if code else "" for code in (row.source, row.destination, row.api))
+        bounds = f"{row.least_s:g} to {row.most_s:g}"
+        yield f"| `{name}` | {getattr(defaults, name):g} | {bounds} | {row.awaits} | {codes} |"
+
+
+def order_table() -> Iterator[str]:
+    """What the deadlines must keep among each other, and what goes wrong else."""
+    yield "| needed | because |"
+    yield "| --- | --- |"
+    for each in ORDER:
+        times = f"{each.times} × " if each.times > 1 else ""
+        yield f"| {times}`{each.shorter}` < `{each.longer}` | {each.why} |"
+
+
 @dataclass(frozen=True)
 class Drawn:
     """One table: where it stands, and what draws it."""
@@ -38,6 +59,8 @@ class Drawn:
 
 TABLES: Mapping[str, Drawn] = {
     "requests": Drawn("api.md", "vmmigrate/ownership/requests.py", request_table),
+    "deadlines": Drawn("configuration.md", "vmmigrate/engine/limits.py", deadline_table),
+    "order": Drawn("configuration.md", "vmmigrate/engine/limits.py", order_table),
 }
 
 

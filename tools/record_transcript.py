@@ -24,7 +24,7 @@ import trio
 import vmmigrate
 from tests.migration import fleet
 from vmmigrate.daemon import migrations
-from vmmigrate.net.channel import Channel, open_channel
+from vmmigrate.net.channel import Channel, ChannelLimits, open_channel
 from vmmigrate.wire.framing import Frame, FrameDecoder, encode_frame
 from vmmigrate.wire.negotiate import Abilities
 from vmmigrate.wire.phases import Kind, Role
@@ -103,9 +103,9 @@ def tapped(transcript: Transcript) -> Any:
     """While it lasts, sources in this process speak through a tap."""
 
     @contextlib.asynccontextmanager
-    async def open_tapped(stream: Any, role: Role) -> AsyncIterator[Channel]:
+    async def open_tapped(stream: Any, role: Role, limits: ChannelLimits | None = None) -> AsyncIterator[Channel]:
         tap: Any = Tap(stream, transcript) if role is Role.SOURCE else stream
-        async with open_channel(tap, role) as channel:
+        async with open_channel(tap, role, limits) as channel:
             yield channel
 
     migrations.open_channel = open_tapped  # type: ignore[attr-defined]

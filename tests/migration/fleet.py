@@ -17,7 +17,7 @@ import trio
 from tools.faults.site import end_guests
 from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.daemon.config import Config, read_config
-from vmmigrate.daemon.server import run_daemon
+from vmmigrate.daemon.server import guest_deadlines, run_daemon
 from vmmigrate.engine.abilities import of_this_release
 from vmmigrate.errors import JournalError, VmMigrateError
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp
@@ -131,7 +131,7 @@ class Fleet:
         directory = self.root / name
         config = read_config(_write_config(self.root, directory, name, allow, limits, tls, api_port, compat))
         hypervisor = await hypervisor_class.open(
-            config.directories.runtime, witness_dir=self.root / "witness", **options
+            config.directories.runtime, witness_dir=self.root / "witness", **{**guest_deadlines(config), **options}
         )
         scope, stopped, failures = trio.CancelScope(), trio.Event(), list[JournalError]()
         hangups, reloads = trio.open_memory_channel[None](0)

@@ -29,7 +29,6 @@ from tests.migration.fleet import (
     witnesses,
 )
 from tools.faults.site import HostProcess, open_site, port_of
-from vmmigrate.daemon import migrations
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.net.channel import Channel, open_channel
 from vmmigrate.net.identity import Identity, Role
@@ -198,12 +197,11 @@ def _peak(host: HostProcess) -> int:
 # --------------------------------------------------------------------------- time
 
 
-async def test_a_peer_that_never_makes_its_offer_is_put_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_peer_that_never_makes_its_offer_is_put_out(tmp_path: Path) -> None:
     """It lives, says so every second, and wants nothing: heartbeats do not extend the time for an offer."""
-    monkeypatch.setattr(migrations, "OFFER_DEADLINE_S", 1.5)
     with structlog.testing.capture_logs() as log:
         async with open_fleet(tmp_path, "alpha", "beta") as fleet:
-            alpha = await fleet.start("alpha")
+            alpha = await fleet.start("alpha", limits="offer_s = 1.5")
             stream, _ = await connect_tls(
                 LOOPBACK, alpha.facts["migration"], files_of(tmp_path, "beta"), ALPHA, DEADLINE_S
             )

@@ -7,9 +7,10 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vmmigrate.devices import opaque, registry
+from vmmigrate.engine.limits import ROWS, Deadlines, read_deadlines
 from vmmigrate.errors import UsageError
 from vmmigrate.net.tls import TlsFiles
 from vmmigrate.spec import chain
@@ -110,17 +111,21 @@ class Allow(_Section):
 
 
 class Limits(_Section):
-    """Deadlines and caps.
+    """Caps, and every deadline of `engine.limits` under its own name."""
 
-    `verdict_s` is how long a source waits for the answer to its handoff before it asks again; `resume_window_s` how
-    long a link may be cut before the pause, until both sides give up.
-    """
-
-    ticket_s: Annotated[int, Field(gt=0, le=3600)] = 60
-    handoff_window_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    verdict_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    resume_window_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
     max_ram_bytes: Annotated[int, Field(gt=0)] = 1 << 42
+    deadlines: Deadlines = Deadlines()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, tree: Any) -> Any:
+        """In the file the deadlines stand beside the caps. Raises: ValueError."""
+        if not isinstance(tree, dict):
+            return tree
+        if "deadlines" in tree:
+            raise ValueError("deadlines: no such setting")
+        rest = {name: value for name, value in tree.items() if name not in ROWS}
+        return {**rest, "deadlines": read_deadlines({name: tree[name] for name in tree if name in ROWS})}
 
 
 class JournalLimits(_Section):

@@ -21,7 +21,7 @@ from vmmigrate.daemon.host import Host
 from vmmigrate.engine.abilities import narrowed, of_this_release
 from vmmigrate.engine.destination import migrate_in
 from vmmigrate.engine.incoming import DestinationMigration
-from vmmigrate.engine.limits import Deadlines, MigrationOptions
+from vmmigrate.engine.limits import MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
 from vmmigrate.engine.outgoing import SettleAnswer, SourceMigration, settle
 from vmmigrate.engine.source import migrate_out
@@ -38,7 +38,7 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.hypervisor.base import Guest, RunState
-from vmmigrate.net.channel import Channel, open_channel, refusal_of
+from vmmigrate.net.channel import Channel, ChannelLimits, open_channel, refusal_of
 from vmmigrate.net.door import BulkDoor
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.secrets import ticket_hash
@@ -55,10 +55,7 @@ from vmmigrate.wire.negotiate import Abilities
 
 log = structlog.get_logger(__name__)
 
-CONNECT_DEADLINE_S = 10.0
-OFFER_DEADLINE_S = 10.0
 TICKET_BYTES = 32
-SETTLE_DEADLINE_S = 15.0
 RECORDS_KEPT = 1000
 
 
@@ -94,10 +91,13 @@ class Migrations:
         self.channels: dict[str, Channel] = {}
         self.cancelled: dict[str, VmMigrateError] = {}
         self.arriving: dict[str, DestinationMigration] = {}
-        limits = host.config.limits
         self.abilities = abilities or _abilities(host)
-        self.deadlines = Deadlines(
-            handoff_window_s=limits.handoff_window_s, verdict_s=limits.verdict_s, resume_s=limits.resume_window_s
+        self.deadlines = deadlines = host.config.limits.deadlines
+        self._channel_limits = ChannelLimits(
+            heartbeat_s=deadlines.heartbeat_s,
+            silence_s=deadlines.silence_s,
+            send_s=deadlines.send_s,
+            goodbye_s=deadlines.goodbye_s,
         )
 
         host.on_guest_end = self._guest_ended
@@ -145,7 +145,7 @@ class Migrations:
             raise RequestError(f"instance {instance_id} is on host {host.identity.name} already", code="same_host")
         await guest.list_payloads()
         migration_id, ticket = request.migration_id or str(uuid.uuid4()), secrets.token_hex(TICKET_BYTES)
-        expires_at_s = int(time.time()) + host.config.limits.ticket_s
+        expires_at_s = int(time.time() + self.deadlines.ticket_s)
         destination = Identity(host.identity.trust_domain, Role.HOST, request.destination_host)
         migration = self.make_source(migration_id, instance_id, destination, guest, _options(request))
         issue = rules.IssueTicket(
@@ -229,9 +229,9 @@ class Migrations:
     async def serve_source(self, stream: TlsStream, peer: Identity) -> None:
         """One connection on the migration port: a destination that comes for its guest."""
         with self.host.journal_failures():
-            async with open_channel(stream, phases.Role.SOURCE) as channel:
+            async with open_channel(stream, phases.Role.SOURCE, self._channel_limits) as channel:
                 try:
-                    offer = await channel.expect(Offer, Resume, deadline_s=OFFER_DEADLINE_S)
+                    offer = await channel.expect(Offer, Resume, deadline_s=self.deadlines.offer_s)
                     if isinstance(offer, Resume):
                         await self._hand_in(channel, offer, peer)
                         return
@@ -258,7 +258,7 @@ class Migrations:
         """
         migration = self.sources.get(resume.migration_id)
         if migration is None or migration.over.is_set():
-            raise RequestError(f"no migration {resume.migration_id} goes on here", code="not_resumable")
+            raise self._why_not_resumable(resume.migration_id, peer)
         if peer != migration.destination:
             raise IdentityError(f"{peer} is not the destination of {resume.migration_id}", code="wrong_host")
         old = self.channels.get(resume.migration_id)
@@ -267,6 +267,15 @@ class Migrations:
         migration.resumption.hand_in(channel, resume)
         self._enter(resume.migration_id, channel)
         await migration.over.wait()
+        if channel.phase is phases.Phase.RESUMING:
+            raise self._why_not_resumable(resume.migration_id, peer)
+
+    def _why_not_resumable(self, migration_id: str, peer: Identity) -> VmMigrateError:
+        """For a destination that was cut off, what ended its migration here: both records then say the same."""
+        record = self.records.get(migration_id)
+        if record is not None and record.error is not None and record.peers["destination"] == peer.uri:
+            return RequestError(record.error["message"], code=record.error["code"])
+        return RequestError(f"no migration {migration_id} goes on here", code="not_resumable")
 
     def _guest_ended(self, migration_id: str, error: VmMigrateError) -> None:
         """The guest of an outgoing migration ended by itself, and durably the attempt with it."""
@@ -277,7 +286,7 @@ class Migrations:
 
     async def _refuse(self, channel: Channel, error: VmMigrateError) -> None:
         if channel.phase in {phases.Phase.OFFERED, phases.Phase.RESUMING}:
-            with trio.move_on_after(CONNECT_DEADLINE_S):
+            with trio.move_on_after(self.deadlines.goodbye_s):
                 await channel.send(refusal_of(error))
         else:
             await channel.say_goodbye(error)
@@ -337,13 +346,13 @@ class Migrations:
     async def _ask_destination(self, destination: Identity, url: str, migration_id: str) -> SettleAnswer:
         """Raises: VmMigrateError: anything but a well formed answer in time; none of it is evidence."""
         try:
-            with trio.fail_after(SETTLE_DEADLINE_S):
+            with trio.fail_after(self.deadlines.settle_s):
                 async with open_client(url, self.host.config.tls_files(), destination) as client:
                     reply = await client.post(f"/v1/migrations/{migration_id}/side:settle")
             code = reply.get("code")
             return SettleAnswer(Answer(reply["answer"]), str(reply["journal_id"]), None if code is None else str(code))
         except trio.TooSlowError:
-            raise TransportError(f"{url}: no answer within {SETTLE_DEADLINE_S:g} s", code="timed_out") from None
+            raise TransportError(f"{url}: no answer within {self.deadlines.settle_s:g} s", code="timed_out") from None
         except (KeyError, TypeError, ValueError, AttributeError):
             raise PeerError(f"{url}: not an answer to settle", code="bad_reply") from None
 
@@ -417,9 +426,9 @@ class Migrations:
 
     @asynccontextmanager
     async def _connected(self, migration: DestinationMigration, address: tuple[str, int]) -> Any:
-        stream, _ = await connect_tls(*address, migration.context, migration.source, CONNECT_DEADLINE_S)
+        stream, _ = await connect_tls(*address, migration.context, migration.source, self.deadlines.connect_s)
         try:
-            async with open_channel(stream, phases.Role.DESTINATION) as channel:
+            async with open_channel(stream, phases.Role.DESTINATION, self._channel_limits) as channel:
                 self._enter(migration.migration_id, channel)
                 try:
                     yield channel

@@ -28,11 +28,8 @@ from vmmigrate.ownership.state import Incoming, Outgoing
 
 log = structlog.get_logger(__name__)
 
-DELIVERY_DEADLINE_S = 15.0
 DELIVER_AGAIN_FIRST_S = 0.5
 DELIVER_AGAIN_MOST_S = 30.0
-VERDICT_DEADLINE_S = 60.0
-ASK_DEADLINE_S = 5.0
 
 
 class Resolving:
@@ -125,14 +122,14 @@ class Resolving:
             if channel is None or arriving is None:
                 raise OwnershipRefusal(f"migration {migration_id} is being given up here", code="migration_over")
             channel.fail(HandedOver(f"handed over by {by.uri}"))
-            with trio.move_on_after(VERDICT_DEADLINE_S):
+            with trio.move_on_after(self._migrations.deadlines.resolve_s):
                 await arriving.over.wait()
 
     async def _check_source_released(self, migration_id: str, reserved: Reserved) -> None:
         """The operator's word is taken only where the source cannot be asked. Raises: OwnershipRefusal."""
         source = Identity(self._host.identity.trust_domain, Role.HOST, reserved.source_host)
         try:
-            with trio.fail_after(ASK_DEADLINE_S):
+            with trio.fail_after(self._migrations.deadlines.settle_s):
                 async with open_client(reserved.source_url, self._host.config.tls_files(), source) as client:
                     side = await client.get(f"/v1/migrations/{migration_id}/side")
         except (VmMigrateError, trio.TooSlowError) as exc:
@@ -242,7 +239,7 @@ class Resolving:
         peer = Identity(self._host.identity.trust_domain, Role.HOST, notice.host)
         body = {"instance_id": notice.instance, "epoch": list(notice.epoch), "since": list(notice.since)}
         try:
-            with trio.fail_after(DELIVERY_DEADLINE_S):
+            with trio.fail_after(self._migrations.deadlines.supersede_s):
                 async with open_client(notice.url, self._host.config.tls_files(), peer) as client:
                     await client.post(f"/v1/migrations/{notice.migration}/side:supersede", body)
         except trio.TooSlowError:

@@ -26,11 +26,11 @@ from vmmigrate.engine.journal import AsyncJournal, Journal
 from vmmigrate.errors import JournalError, UsageError, VmMigrateError
 from vmmigrate.hypervisor.base import Hypervisor
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
-from vmmigrate.net.door import BulkDoor
-from vmmigrate.net.https import serve_https
+from vmmigrate.net.door import BulkDoor, DoorLimits
+from vmmigrate.net.https import HttpsLimits, serve_https
 from vmmigrate.net.identity import Call, Role
 from vmmigrate.net.threads import open_group
-from vmmigrate.net.tls import ServerCredentials, bound_port, load_identity, open_listeners, serve_tls
+from vmmigrate.net.tls import ServeLimits, ServerCredentials, bound_port, load_identity, open_listeners, serve_tls
 from vmmigrate.wire.negotiate import Abilities
 
 log = structlog.get_logger(__name__)
@@ -83,7 +83,7 @@ async def run_daemon(
     host: Host | None = None
     try:
         hypervisor = hypervisor or await EmbeddedHypervisor.open(
-            config.directories.runtime, witness_dir=config.directories.witness
+            config.directories.runtime, witness_dir=config.directories.witness, **guest_deadlines(config)
         )
         async with open_group() as nursery:
             host = Host(config, identity, journal, documents, hypervisor, nursery)
@@ -98,6 +98,12 @@ async def run_daemon(
         if host is not None:
             host.detach()
         journal.close()
+
+
+def guest_deadlines(config: Config) -> dict[str, Any]:
+    """How long guests may keep their daemon waiting, as `EmbeddedHypervisor.open` takes it."""
+    deadlines = config.limits.deadlines
+    return {"request_deadline_s": deadlines.guest_request_s, "start_deadline_s": deadlines.guest_start_s}
 
 
 def _open_state(state: Path, fsync: Callable[[int], None]) -> tuple[AsyncJournal, DocumentStore]:
@@ -121,12 +127,20 @@ async def _serve(
     listen = host.config.listen
     migration_port = await open_listeners(*listen.migration)
     bulk_port = await open_listeners(*listen.bulk)
-    door = BulkDoor(credentials.current)
+    deadlines = host.config.limits.deadlines
+    door = BulkDoor(
+        credentials.current,
+        DoorLimits(
+            hello_deadline_s=deadlines.hello_s,
+            open_deadline_s=deadlines.bulk_open_s,
+            stall_limit_s=deadlines.stall_s,
+        ),
+    )
     ports = {"migration": bound_port(migration_port), "bulk": bound_port(bulk_port)}
     migrations = Migrations(host, door, credentials, ports, "", abilities)
     await recover(host, migrations)
     resolving = Resolving(host, migrations)
-    api_port = await nursery.start(_serve_api, make_app(host, migrations, resolving), listen.api, credentials)
+    api_port = await nursery.start(_serve_api, make_app(host, migrations, resolving), host.config, credentials)
     advertised = listen.advertise or listen.api[0]
     migrations.api_url = f"https://{f'[{advertised}]' if ':' in advertised else advertised}:{api_port}"
     nursery.start_soon(resolving.deliver_forever)
@@ -138,9 +152,16 @@ async def _serve(
 
 
 async def _serve_api(
-    app: FastAPI, address: tuple[str, int], credentials: ServerCredentials, task_status: trio.TaskStatus[int]
+    app: FastAPI, config: Config, credentials: ServerCredentials, task_status: trio.TaskStatus[int]
 ) -> None:
-    await serve_https(app, *address, credentials, task_status=task_status)
+    deadlines = config.limits.deadlines
+    limits = HttpsLimits(
+        body_deadline_s=deadlines.api_body_s,
+        handshake_deadline_s=deadlines.handshake_s,
+        keep_alive_s=deadlines.api_idle_s,
+        send_deadline_s=deadlines.api_send_s,
+    )
+    await serve_https(app, *config.listen.api, credentials, limits=limits, task_status=task_status)
 
 
 async def _serve_protocol(
@@ -153,6 +174,7 @@ async def _serve_protocol(
         listeners,
         credentials.current,
         migrations.serve_source,
+        limits=ServeLimits(handshake_deadline_s=migrations.deadlines.handshake_s),
         call=Call.MIGRATION_PROTOCOL,
         connection_nursery=nursery,
     )

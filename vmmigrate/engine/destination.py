@@ -25,7 +25,7 @@ from vmmigrate.engine.agreement import note_negotiated
 from vmmigrate.engine.importing import collect_state, import_state
 from vmmigrate.engine.incoming import Agreed, Arrival, DestinationMigration, HandedOver
 from vmmigrate.engine.metrics import Outcome, outcome_of
-from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE
+from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, of_the_link, stayed_cut
 from vmmigrate.engine.ram import hash_ram_in_thread
 from vmmigrate.engine.resume import ask_to_resume, check_resumed, tell_applied
 from vmmigrate.errors import (
@@ -167,7 +167,7 @@ async def _resume(
         raise reason from error
     way.channel.fail(reason)
     log.warning("migration.link_lost", migration=migration.migration_id, code=reason.code, text=reason.text)
-    deadline, pause_s = trio.current_time() + migration.deadlines.resume_s, RECONNECT_FIRST_S
+    deadline, pause_s = trio.current_time() + migration.deadlines.resume_window_s, RECONNECT_FIRST_S
     while trio.current_time() + pause_s < deadline and migration.cancelled is None:
         await trio.sleep(pause_s)
         pause_s = min(2 * pause_s, RECONNECT_MOST_S)
@@ -175,7 +175,7 @@ async def _resume(
             return await _reconnect(way, agreed, arriving, migration)
         except TransportError as again:
             log.info("migration.not_reached", migration=migration.migration_id, code=again.code, text=again.text)
-    raise migration.cancelled or reason
+    raise migration.cancelled or stayed_cut(reason, migration.deadlines.resume_window_s)
 
 
 async def _reconnect(way: _Way, agreed: Agreed, arriving: _Arriving, migration: DestinationMigration) -> Agreed:
@@ -368,6 +368,8 @@ async def _bulk_streams(
         migration.source,
         agreed.secrets,
         agreed.select.streams,
+        deadline_s=migration.deadlines.hello_s,
+        stall_limit_s=migration.deadlines.stall_s,
     )
     bulk = BulkDestination(links, layout, pages, arriving.page_hash, arriving.landing)
     try:
@@ -560,7 +562,7 @@ async def _tell_verdict(channel: Channel, migration: DestinationMigration) -> No
 async def _give_up(channel: Channel, migration: DestinationMigration, error: VmMigrateError) -> None:
     """End an attempt before `acquired`: verdict first (when one is due), then tell, then remove the guest."""
     failed_in = channel.session.failed_in or channel.phase
-    error = _of_the_arriving(error)
+    error = _of_the_arriving(of_the_link(error))
     with trio.CancelScope(shield=True):
         await migration.journal.commit(rules.Refuse(migration.migration_id, error.code))
         incoming = migration.journal.state.incoming[migration.migration_id]

@@ -23,6 +23,7 @@ from vmmigrate.errors import (
     JournalError,
     MigrationCancelled,
     RequestError,
+    TransportError,
     VmMigrateError,
 )
 from vmmigrate.hypervisor.base import Guest, RunState
@@ -68,6 +69,24 @@ LINK_LOST = frozenset(
         "bulk_timeout",
     }
 )
+
+
+# What a cut looks like from the end that one is at: by how the connection ended, and what was being done to it.
+_CUT = frozenset({"disconnected", "closed", "closed_after_handshake"})
+
+
+def of_the_link(error: VmMigrateError) -> VmMigrateError:
+    """A cut link has one name on both sides, however each of them noticed it."""
+    if isinstance(error, TransportError) and error.code in _CUT:
+        return TransportError(error.text, code="link_lost")
+    return error
+
+
+def stayed_cut(error: VmMigrateError, window_s: float) -> TransportError:
+    """The link did not come back in time. What cut it is told in words: each side may have seen it otherwise."""
+    return TransportError(
+        f"the link was cut and did not come back within {window_s:g} s: {error.text}", code="link_lost"
+    )
 
 
 # While these last the guest runs at the source, and both ends can go on after a cut.
@@ -203,7 +222,7 @@ async def undo(channel: Channel, migration: SourceMigration, error: VmMigrateErr
             if failure is not None:
                 await channel.say_goodbye(failure)
                 return
-        error = await channel.true_reason(error)
+        error = of_the_link(await channel.true_reason(error))
         await channel.say_goodbye(error)
         if under_way:
             await migration.journal.commit(rules.EndAttempt(migration.migration_id, error.code))

@@ -17,7 +17,7 @@ import trio
 
 from vmmigrate.engine.agreement import Agreed, negotiate, synchronise
 from vmmigrate.engine.metrics import MigrationRecord, Outcome
-from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, SourceMigration, conclude, undo
+from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, SourceMigration, conclude, stayed_cut, undo
 from vmmigrate.engine.ram import hash_ram_in_thread
 from vmmigrate.engine.resume import accept_resume, read_applied
 from vmmigrate.errors import (
@@ -157,7 +157,7 @@ async def _resume(way: _Way, agreed: Agreed, copy: _Copy, migration: SourceMigra
         raise error
     way.channel.fail(error)
     log.warning("migration.link_lost", migration=migration.migration_id, code=error.code, text=error.text)
-    with trio.move_on_after(migration.deadlines.resume_s):
+    with trio.move_on_after(migration.deadlines.resume_window_s):
         while True:
             channel, resume = await migration.resumption.next()
             try:
@@ -170,7 +170,7 @@ async def _resume(way: _Way, agreed: Agreed, copy: _Copy, migration: SourceMigra
             migration.record.session = channel.session
             migration.record.negotiated["sessions"] = resumed.select.session_number
             return resumed
-    raise error
+    raise stayed_cut(error, migration.deadlines.resume_window_s) from error
 
 
 async def _catch_up(channel: Channel, copy: _Copy, migration: SourceMigration) -> None:

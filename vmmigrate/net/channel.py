@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, overload
 
 import trio
@@ -50,13 +50,30 @@ SILENCE_LIMIT_S = 10.0
 SEND_DEADLINE_S = 30.0
 GOODBYE_DEADLINE_S = 2.0
 FINISH_SENDING_S = 1.0
-TRUE_REASON_S = 1.0
+TRUE_REASON_S = GOODBYE_DEADLINE_S / 2
 _MAX_REASON_CHARS = 4096  # as codec.py allows them
 _MAX_TEXT_CHARS = 16_384
 _RECEIVE_BYTES = 1 << 16
 # What may wait for `expect`: a guest's whole device state, in messages of any size, and no more.
 _MAX_QUEUED = 4096
 _MAX_QUEUED_BYTES = 320 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelLimits:
+    """How long the other end may keep us waiting.
+
+    Attributes:
+        heartbeat_s: We give a sign of life so often; the other end, too.
+        silence_s: Without any sign of the other end, the link is dead.
+        send_s: For one message to be taken.
+        goodbye_s: For a last word to be taken; half of it for the other end's own reason to come.
+    """
+
+    heartbeat_s: float = HEARTBEAT_INTERVAL_S
+    silence_s: float = SILENCE_LIMIT_S
+    send_s: float = SEND_DEADLINE_S
+    goodbye_s: float = GOODBYE_DEADLINE_S
 
 
 class Channel:
@@ -67,8 +84,9 @@ class Channel:
         peer_progress: The newest counters the peer sent.
     """
 
-    def __init__(self, stream: TlsStream, session: Session) -> None:
+    def __init__(self, stream: TlsStream, session: Session, limits: ChannelLimits | None = None) -> None:
         self.session = session
+        self._limits = limits or ChannelLimits()
         self.peer_progress: Mapping[str, int] = {}
         self._stream = stream
         self._send_lock = trio.Lock()
@@ -108,7 +126,7 @@ class Channel:
     async def send_bytes(self, encoded: bytes) -> None:
         """Put on the wire what `session.send` gave (apart, for what must happen in between)."""
         async with self._send_lock:
-            with map_tls_errors(f"sending to the {self.role.peer}"), trio.fail_after(SEND_DEADLINE_S):
+            with map_tls_errors(f"sending to the {self.role.peer}"), trio.fail_after(self._limits.send_s):
                 await self._send_whole(encoded)
 
     async def _send_whole(self, encoded: bytes) -> None:
@@ -191,7 +209,7 @@ class Channel:
         """
         if not isinstance(error, TransportError):
             return error
-        with trio.move_on_after(TRUE_REASON_S, shield=True):
+        with trio.move_on_after(self._limits.goodbye_s / 2, shield=True):
             while self._failure is None:
                 await self._wakeup.wait()
         return self._failure or error
@@ -207,7 +225,7 @@ class Channel:
     async def say_goodbye(self, error: VmMigrateError) -> None:
         """Tell the peer why we give up, if it can still be told and does not know. Never raises; bounded."""
         word = _last_word(error, self.phase, self.role)
-        with trio.move_on_after(GOODBYE_DEADLINE_S, shield=True), contextlib.suppress(VmMigrateError):
+        with trio.move_on_after(self._limits.goodbye_s, shield=True), contextlib.suppress(VmMigrateError):
             owes, self._owes_reason = self._owes_reason, False
             if not self.session.is_over:
                 await self.send(word)
@@ -227,7 +245,7 @@ class Channel:
     async def beat_forever(self) -> None:
         """Heartbeats out."""
         while self._is_live:
-            await trio.sleep(HEARTBEAT_INTERVAL_S)
+            await trio.sleep(self._limits.heartbeat_s)
             if self._is_live:
                 await self._beat()
 
@@ -239,10 +257,10 @@ class Channel:
         silent_s = 0.0
         while self._is_live:
             heard = self._heard
-            await trio.sleep(HEARTBEAT_INTERVAL_S)
-            silent_s = silent_s + HEARTBEAT_INTERVAL_S if self._heard == heard else 0.0
-            if silent_s >= SILENCE_LIMIT_S:
-                self.fail(TransportError(f"the {self.role.peer} is silent for {silent_s:.0f} s", code="peer_silent"))
+            await trio.sleep(self._limits.heartbeat_s)
+            silent_s = silent_s + self._limits.heartbeat_s if self._heard == heard else 0.0
+            if silent_s >= self._limits.silence_s:
+                self.fail(TransportError(f"the {self.role.peer} is silent for {silent_s:g} s", code="peer_silent"))
 
     @property
     def _is_live(self) -> bool:
@@ -336,12 +354,12 @@ def refusal_of(error: VmMigrateError) -> Refuse:
 
 
 @contextlib.asynccontextmanager
-async def open_channel(stream: TlsStream, role: Role) -> AsyncIterator[Channel]:
+async def open_channel(stream: TlsStream, role: Role, limits: ChannelLimits | None = None) -> AsyncIterator[Channel]:
     """A channel over *stream* with its reader, heartbeat and watch. The stream is the caller's to close.
 
     Raises: IdentityError `certificate_revoked`: the peer was, since the handshake; later the channel fails with it.
     """
-    channel = Channel(stream, Session(role))
+    channel = Channel(stream, Session(role), limits)
     async with open_group() as nursery:
         leave = watch_peer(stream, channel.fail)
         nursery.start_soon(channel.read_forever)

@@ -27,7 +27,7 @@ import structlog
 import trio
 
 from vmmigrate.errors import IdentityError, TransportError, VmMigrateError
-from vmmigrate.net.bulk import TlsLink
+from vmmigrate.net.bulk import STALL_LIMIT_S, TlsLink
 from vmmigrate.net.identity import Call, Identity, check_allowed
 from vmmigrate.net.refusals import RefusalLog
 from vmmigrate.net.secrets import SessionSecrets, proof
@@ -60,11 +60,13 @@ class DoorLimits:
         hello_deadline_s: From accept to a proven hello.
         max_strangers: Connections that have not proved their session yet.
         open_deadline_s: From the beginning of `collect` until every stream of the session is open.
+        stall_limit_s: For the rest of a record, or for one to be taken.
     """
 
     hello_deadline_s: float = HELLO_DEADLINE_S
     max_strangers: int = MAX_STRANGERS
     open_deadline_s: float = OPEN_DEADLINE_S
+    stall_limit_s: float = STALL_LIMIT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +252,7 @@ class BulkDoor:
     def _hand_over(self, appointment: Appointment, hello: StreamHello, tls: ssl.SSLSocket, peer: Identity) -> None:
         if self._appointments.get((hello.migration_id, hello.session_number)) is not appointment:
             raise IdentityError("the migration ended while its bulk stream came", code="bulk_unexpected")
-        appointment.links[hello.stream] = TlsLink(tls, str(peer))
+        appointment.links[hello.stream] = TlsLink(tls, str(peer), self._limits.stall_limit_s)
         appointment.changed.set()
         appointment.changed = trio.Event()
 
@@ -264,6 +266,7 @@ async def open_streams(
     streams: int,
     *,
     deadline_s: float = HELLO_DEADLINE_S,
+    stall_limit_s: float = STALL_LIMIT_S,
 ) -> tuple[TlsLink, ...]:
     """Open and prove all bulk streams of a session, as the destination; each within *deadline_s*.
 
@@ -275,7 +278,7 @@ async def open_streams(
     async def open_one(stream: int) -> None:
         hello = StreamHello(secrets.context.migration_id, secrets.context.session_number, stream)
         links[stream] = await trio.to_thread.run_sync(
-            _open_one, host, port, context, source, secrets, hello, deadline_s, limiter=limiter
+            _open_one, host, port, context, source, secrets, hello, deadline_s, stall_limit_s, limiter=limiter
         )
 
     try:
@@ -297,6 +300,7 @@ def _open_one(
     secrets: SessionSecrets,
     hello: StreamHello,
     deadline_s: float,
+    stall_limit_s: float,
 ) -> TlsLink:
     deadline = time.monotonic() + deadline_s
     tls, identity = connect_blocking(host, port, context, source, deadline_s)
@@ -309,7 +313,7 @@ def _open_one(
             raise IdentityError(
                 f"{identity} does not prove the session of bulk stream {hello.stream}", code="bulk_unproven"
             )
-        return TlsLink(tls, str(identity))
+        return TlsLink(tls, str(identity), stall_limit_s)
     except BaseException:
         tls.close()
         raise
