@@ -175,6 +175,7 @@ class _Recovery:
             ended = outcome_of(error, phases.Phase.FAILED)
         record.finish(ended, None if ended is Outcome.MOVED else error)
         self._migrations.records[migration] = record
+        self._host.nursery.start_soon(self._migrations.save, record)  # the journal forgets it one day
 
     def _is_lost(self, instance: str) -> bool:
         known = self._host.journal.state.instances.get(instance)
