@@ -47,7 +47,7 @@ async def compact_if_due(host: Host) -> bool:
     if not host.journal.is_due(settings.compact_bytes):
         return False
     # A ticket that was called off is looked at once more when it expires.
-    remember_s = max(settings.remember_s, host.config.limits.ticket_s + PERIOD_S)
+    remember_s = max(settings.remember_s, host.config.limits.deadlines.ticket_s + PERIOD_S)
     gone = await trio.to_thread.run_sync(_gone, host.journal.state.leftovers)
     try:
         is_shorter = await host.journal.compact(remember_s, gone)
