@@ -18,6 +18,7 @@ PATIENCE_S: Final = 20.0
 STEPS: Final = (
     "pause",
     "pause_for_handoff",
+    "take_dirty",
     "export_devices",
     "import_devices",
     "open_backends",

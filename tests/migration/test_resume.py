@@ -31,6 +31,8 @@ class Link:
         self._ports = (source.facts["migration"], source.facts["bulk"])
         self._scopes: set[trio.CancelScope] = set()
         self._is_up = True
+        self._swallows = False
+        self.is_bulk_mute = False
         self.passed_bytes = 0
         self._watchers: list[tuple[int, trio.Event]] = []
 
@@ -54,6 +56,10 @@ class Link:
     def mend(self) -> None:
         self._is_up = True
 
+    def swallow(self) -> None:
+        """Connections stay, and nothing that is said arrives; those made from now on end at once."""
+        self._is_up, self._swallows = False, True
+
     async def wait_bytes(self, more: int) -> None:
         """Until *more* bytes have gone from the source to the destination."""
         reached = trio.Event()
@@ -68,6 +74,8 @@ class Link:
         if not self._is_up:
             await trio.aclose_forcefully(destination)
             return
+        if self.is_bulk_mute and port == self._ports[1]:
+            await trio.sleep_forever()
         source = await trio.open_tcp_stream("127.0.0.1", port)
         async with source:
             with trio.CancelScope() as scope:
@@ -80,10 +88,13 @@ class Link:
     async def _copy(self, origin: trio.SocketStream, sink: trio.SocketStream, counts: bool) -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for chunk in origin:
+                if self._swallows:
+                    continue
                 await sink.send_all(chunk)
                 if counts:
                     self._note(len(chunk))
-            await sink.send_eof()
+            if not self._swallows:
+                await sink.send_eof()
 
     def _note(self, size: int) -> None:
         self.passed_bytes += size

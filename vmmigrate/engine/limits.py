@@ -87,7 +87,7 @@ class Deadlines:
         1.0, Silence("the other end: a sign of life, so often; alike on all hosts", most_s=60.0)
     )
     silence_s: float = _seconds(10.0, _both("both ends: anything at all from the other", "peer_silent"))
-    send_s: float = _seconds(30.0, _both("both ends: that the other takes what is said", "timed_out"))
+    send_s: float = _seconds(30.0, _both("both ends: that the other takes what is said", "stalled"))
     goodbye_s: float = _seconds(
         2.0,
         Silence("who gives up: that the other takes the reason; and half of it, for the other's reason", most_s=60.0),
@@ -99,7 +99,7 @@ class Deadlines:
     # -- RAM
     hello_s: float = _seconds(5.0, _both("both ends of a bulk stream: handshake and proof", "link_lost"))
     bulk_open_s: float = _seconds(15.0, _both("the source: all bulk streams", "bulk_timeout"))
-    stall_s: float = _seconds(30.0, _both("both ends of a bulk stream: the rest of a record", "timed_out"))
+    stall_s: float = _seconds(30.0, _both("both ends of a bulk stream: the rest of a record", "stalled"))
     round_s: float = _seconds(
         300.0, _both("the source: RoundApplied; the destination: any bulk data at all", "timed_out", most_s=86_400.0)
     )

@@ -53,14 +53,15 @@ class SettleAnswer:
     code: str | None = None
 
 
-# A link that was cut; everything else that ends a session is somebody's word, or a forgery, and ends the migration.
+# A link that was cut, or takes nothing any more. Everything else that ends a session is somebody's word, or a forgery,
+# and ends the migration; as does an answer that does not come (`timed_out`) from a peer that beats.
 LINK_LOST = frozenset(
     {
         "link_lost",
         "disconnected",
         "closed",
         "closed_after_handshake",
-        "timed_out",
+        "stalled",
         "peer_silent",
         "connection_refused",
         "unreachable",
@@ -82,11 +83,11 @@ def of_the_link(error: VmMigrateError) -> VmMigrateError:
     return error
 
 
-def stayed_cut(error: VmMigrateError, window_s: float) -> TransportError:
-    """The link did not come back in time. What cut it is told in words: each side may have seen it otherwise."""
-    return TransportError(
-        f"the link was cut and did not come back within {window_s:g} s: {error.text}", code="link_lost"
-    )
+def stayed_cut(error: VmMigrateError, window_s: float) -> VmMigrateError:
+    """The link did not come back in time. What cut it is told in words: each side may have seen it otherwise. No
+    TransportError: nothing that the link still says explains it better."""
+    text = f"the link was cut and did not come back within {window_s:g} s: {error.text}"
+    return VmMigrateError(text, code="link_lost")
 
 
 # While these last the guest runs at the source, and both ends can go on after a cut.

@@ -81,7 +81,7 @@ class TlsLink:
         self._leave = watch_peer(sock, lambda _: self.shutdown())
 
     def send(self, chunk: memoryview | bytes) -> None:
-        with map_tls_errors(self._doing):
+        with map_tls_errors(self._doing, late="stalled"):
             self._sock.sendall(chunk)
 
     def await_into(self, target: memoryview) -> None:
@@ -97,7 +97,7 @@ class TlsLink:
 
     def _receive_some(self, target: memoryview) -> memoryview:
         """Fill the beginning of *target*; what is left of it."""
-        with map_tls_errors(self._doing):
+        with map_tls_errors(self._doing, late="stalled"):
             received = self._sock.recv_into(target)
         if received == 0:
             raise TransportError(f"{self._doing}: cut", code="link_lost")

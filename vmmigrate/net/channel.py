@@ -126,7 +126,10 @@ class Channel:
     async def send_bytes(self, encoded: bytes) -> None:
         """Put on the wire what `session.send` gave (apart, for what must happen in between)."""
         async with self._send_lock:
-            with map_tls_errors(f"sending to the {self.role.peer}"), trio.fail_after(self._limits.send_s):
+            with (
+                map_tls_errors(f"sending to the {self.role.peer}", late="stalled"),
+                trio.fail_after(self._limits.send_s),
+            ):
                 await self._send_whole(encoded)
 
     async def _send_whole(self, encoded: bytes) -> None:
@@ -274,7 +277,7 @@ class Channel:
 
     async def _read_some(self) -> bool:
         """Read once; False at the end of the conversation."""
-        with map_tls_errors(f"receiving from the {self.role.peer}"):
+        with map_tls_errors(f"receiving from the {self.role.peer}", late="link_lost"):
             chunk = await self._stream.receive_some(_RECEIVE_BYTES)
         self._heard += 1
         if self.session.is_over:
