@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import os
+import signal
+from collections.abc import Callable, Sequence
 
+from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.dirty import DirtyTracker
 from vmmigrate.memory import PageBitmap
 
@@ -31,3 +35,18 @@ class ForgetfulTracker:
 
     def close(self) -> None:
         self._tracker.close()
+
+
+class WatchesItsGuestDie(ForgetfulTracker):
+    """A dirty tracker whose guest is killed in the middle of a scan, which fails when there is no memory any more."""
+
+    def __init__(self, tracker: DirtyTracker, pid: Callable[[], int]) -> None:
+        super().__init__(tracker, ())
+        self._pid = pid
+
+    async def take(self) -> PageBitmap:
+        os.kill(self._pid(), signal.SIGKILL)
+        try:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        except OSError as exc:
+            raise HypervisorError(f"dirty tracking: {exc}", code="dirty_tracking") from exc

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import trio
 
-from tests.hypervisor.faults import ForgetfulTracker
+from tests.hypervisor.faults import ForgetfulTracker, WatchesItsGuestDie
 from tests.hypervisor.hosts import STRESS, Hosts, plan_of, plan_with_every_device
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.errors import HypervisorError
@@ -640,3 +640,13 @@ def _open_descriptors() -> int:
 def _children() -> set[int]:
     """Also those of tests before: a guest that outlives the daemon that started it is nobody's to wait for."""
     return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+async def test_a_guest_that_dies_in_the_middle_of_a_scan_is_lost_and_not_badly_tracked(hosts: Hosts) -> None:
+    """Its memory goes before its process does, so that the scan fails first."""
+    pids: list[int] = []
+    guest = await _running(hosts, wrap_tracker=lambda tracker: WatchesItsGuestDie(tracker, lambda: pids[0]))
+    pids.append(guest.process.pid)
+    await guest.start_tracking()
+
+    await expect_error("guest_lost", guest.take_dirty())

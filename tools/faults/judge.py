@@ -134,8 +134,8 @@ async def _check_outcomes(pair: Pair, migration: str, owner: str | None) -> list
     source = await outcome_of(pair.hosts["source"], migration)
     destination = await outcome_of(pair.hosts["destination"], migration)
     problems = [] if source in _OUTCOMES[owner] else [f"the source says {source}, the owner is {owner or 'nobody'}"]
-    arrived = destination == "moved" or (destination == "guest_lost" and owner is None)
-    if destination != "unknown_migration" and arrived is not (source == "moved"):
+    lost_there = (source, destination) == ("moved", "guest_lost")
+    if destination != "unknown_migration" and (destination == "moved") is not (source == "moved") and not lost_there:
         problems.append(f"the source says {source}, the destination {destination}")
     return problems
 

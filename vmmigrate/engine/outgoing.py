@@ -33,7 +33,7 @@ from vmmigrate.net.door import BulkDoor
 from vmmigrate.net.identity import Identity
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
-from vmmigrate.ownership.state import Outgoing
+from vmmigrate.ownership.state import Holding, Outgoing
 from vmmigrate.spec.latest import InstanceSpec
 from vmmigrate.wire import messages as m
 from vmmigrate.wire.negotiate import Abilities
@@ -212,7 +212,7 @@ async def undo(channel: Channel, migration: SourceMigration, error: VmMigrateErr
     """Make the guest what it was, then tell the peer, then end the attempt. Shielded; bounded.
 
     Only an attempt that the journal still knows as under way owns the guest's run state: one that was ended meanwhile,
-    or was given away, is left alone.
+    or was given away, is left alone. Whatever the attempt failed with, the record of a guest that is gone says so.
     """
     failed_in = channel.session.failed_in or channel.phase
     outgoing = migration.journal.state.outgoing[migration.migration_id]
@@ -227,6 +227,8 @@ async def undo(channel: Channel, migration: SourceMigration, error: VmMigrateErr
         await channel.say_goodbye(error)
         if under_way:
             await migration.journal.commit(rules.EndAttempt(migration.migration_id, error.code))
+    if migration.journal.state.instances[migration.instance_id].holding is Holding.LOST:
+        _note_lost(migration, HypervisorError("the guest process ended by itself", code="guest_lost"))
     migration.record.finish(outcome_of(error, failed_in), error)
     log.info("migration.ended", migration=migration.migration_id, code=error.code, text=error.text)
 

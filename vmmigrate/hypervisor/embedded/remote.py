@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import trio
@@ -142,7 +142,7 @@ class EmbeddedGuest:
     async def start_tracking(self) -> None:
         """Marks start clear, also those put back: what follows is a migration, and it sends all populated pages."""
         self._put_back = None
-        await self.tracker.start()
+        await self._tracked(self.tracker.start)
         self._check_alive()
         self._tracks = True
 
@@ -151,12 +151,24 @@ class EmbeddedGuest:
             raise HypervisorError("dirty tracking is not on", code="not_tracking")
         # To the end, once begun: marks that were cleared and whose answer nobody heard would be lost writes.
         with trio.CancelScope(shield=True):
-            taken = await self.tracker.take()
+            taken = await self._tracked(self.tracker.take)
         self._check_alive()
         if self._put_back is not None:
             taken |= self._put_back
             self._put_back = None
         return taken
+
+    async def _tracked(self, call: Callable[[], Awaitable[T]]) -> T:
+        """What the tracker says. Raises: HypervisorError: `guest_lost` goes before what the tracker made of it."""
+        try:
+            return await call()
+        except HypervisorError as exc:
+            if isinstance(exc.__cause__, ProcessLookupError):
+                # The memory of a dying process goes before the process does.
+                with trio.move_on_after(_DYING_S):
+                    await self._wait_gone()
+            self._check_alive()
+            raise
 
     async def mark_dirty(self, pages: PageBitmap) -> None:
         """Put marks back into the next `take_dirty`.
@@ -169,7 +181,7 @@ class EmbeddedGuest:
     async def stop_tracking(self) -> None:
         self._tracks = False
         self._put_back = None
-        await self.tracker.stop()
+        await self._tracked(self.tracker.stop)
 
     # -- moving ----------------------------------------------------------------------------------------------------
 
