@@ -218,8 +218,28 @@ def test_a_host_that_got_the_guest_from_the_winner_acknowledges_and_runs_on() ->
     source.commit(TO_SOURCE)
     hand_over(source, destination, "m2")
 
-    assert destination.commit(rules.Supersede(VM, WON, N)) == Decision()
+    assert destination.commit(rules.Supersede(VM, WON, N)).records
     assert destination.may_run()
+    assert rules.notices(destination.state) == ()
+
+
+def test_a_host_that_got_the_guest_from_the_winner_still_tells_whom_it_had_passed_it_on_to() -> None:
+    """The fence falls with its acknowledgement: the host after it must have heard of the word by then, or from it."""
+    a, b, c = boot("a"), Host("b"), Host("c")
+    reach_ready(a, b)
+    epoch = release(a, b)
+    b.commit(rules.Acquire("m1", epoch))
+    b.commit(rules.Start("m1"))
+    hand_over(b, c, "m2")
+    a.commit(TO_SOURCE)
+    hand_over(a, b, "m3")
+
+    b.commit(rules.Supersede(VM, WON, epoch))
+
+    assert [(notice.migration, notice.host) for notice in rules.notices(b.state)] == [("m2", "c")]
+    assert [host.may_run() for host in (a, b, c)] == [False, True, True]
+    c.commit(rules.Supersede(VM, WON, epoch))
+    assert not c.may_run()
 
 
 # --------------------------------------------------------------------------- the superseded guest

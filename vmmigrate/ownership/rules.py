@@ -473,9 +473,10 @@ def _supersede(state: Ownership, event: Supersede) -> Decision:
     known = state.instances.get(event.instance)
     if event.epoch <= state.superseded.get(event.instance, NO_EPOCH):
         return Decision()
-    if known is not None and known.epoch.term == event.epoch.term and known.epoch > event.epoch:
-        return Decision()  # it has come here from the winner meanwhile
-    if known is not None and known.epoch >= event.epoch:
+    # Of the same term and above: it has come back here from the winner meanwhile. What this host had passed on before
+    # is superseded all the same, and its next host has to hear of it from here.
+    came_back = known is not None and known.epoch.term == event.epoch.term and known.epoch > event.epoch
+    if known is not None and known.epoch >= event.epoch and not came_back:
         # Acknowledged, it would let the sender believe that nothing older than itself can run here.
         raise OwnershipRefusal(
             f"instance {event.instance} is at {tuple(known.epoch)} here: {tuple(event.epoch)} does not supersede it",
