@@ -260,7 +260,7 @@ def test_malformed_replacements_are_refused_and_the_ticket_is_given_back(fleet: 
 def test_guest_that_does_not_converge_fails_and_runs_on(fleet: Fleet, tmp_path: Path) -> None:
     fleet.create("restless-1", write_spec(tmp_path), "--program", json.dumps(RESTLESS))
 
-    done = fleet.migrate("restless-1", "--downtime-ms", "1", "--max-rounds", "2", as_json=False)
+    done = fleet.migrate("restless-1", "--downtime-ms", "1", "--max-rounds", "1", as_json=False)
 
     assert done.code == Exit.FAILED
     assert "will_not_converge" in done.complaint

@@ -19,7 +19,7 @@ def test_a_flood_is_said_up_to_a_point_and_then_counted() -> None:
         now = WINDOW_S
         refused("10.0.0.9:4712", IdentityError("no", code="wrong_host"))
 
-    assert [(event.get("unsaid"), event.get("code")) for event in events[MOST:]] == [(7, None), (None, "wrong_host")]
+    assert [(event.get("number"), event.get("code")) for event in events[MOST:]] == [(7, None), (None, "wrong_host")]
 
 
 def test_refusals_that_are_few_are_all_said() -> None:

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from vmmigrate.errors import IdentityError, TransportError, UsageError, VmMigrateError
 from vmmigrate.net.identity import Call, Identity, Role
+from vmmigrate.net.refusals import RefusalLog
 from vmmigrate.net.tls import (
     ServeLimits,
     ServerCredentials,
@@ -32,7 +33,6 @@ from vmmigrate.net.tls import (
     connect_blocking,
     connect_tls,
     load_identity,
-    log_refusal,
     open_listeners,
     peer_identity,
     serve_tls,
@@ -530,7 +530,7 @@ def test_errors_that_are_ours_or_nobodys_pass_unchanged() -> None:
 
 
 def test_the_default_report_is_one_event(capsys: pytest.CaptureFixture[str]) -> None:
-    log_refusal("127.0.0.1:1", IdentityError("no", code="wrong_ca"))
+    RefusalLog("tls.refused")("127.0.0.1:1", IdentityError("no", code="wrong_ca"))
 
     line = capsys.readouterr().out
     assert line.count("\n") == 1

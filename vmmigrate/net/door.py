@@ -21,7 +21,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 import structlog
 import trio
@@ -122,22 +121,19 @@ class _Visitor:
             _shut(self.handle)
 
 
-log_refusal: Final[OnRefusal] = RefusalLog("bulk.refused")
-
-
 class BulkDoor:
-    """The bulk port of a source daemon. *on_refusal* is told (address, error) of everybody who did not get in."""
+    """The bulk port of a source daemon. *on_refusal*, or else the log, is told (address, error) of all who stay out."""
 
     def __init__(
         self,
         credentials: Callable[[], TlsContext],
         limits: DoorLimits | None = None,
         *,
-        on_refusal: OnRefusal = log_refusal,
+        on_refusal: OnRefusal | None = None,
     ) -> None:
         self._credentials = credentials
         self._limits = limits or DoorLimits()
-        self._on_refusal = on_refusal
+        self._on_refusal = on_refusal or RefusalLog("bulk.refused")
         self._appointments: dict[tuple[str, int], Appointment] = {}
         self._strangers: list[_Visitor] = []  # oldest first
         self._limiter = trio.CapacityLimiter(self._limits.max_strangers)

@@ -43,7 +43,6 @@ from vmmigrate.net.tls import (
     TlsFiles,
     TlsStream,
     bound_port,
-    log_refusal,
     open_listeners,
     serve_tls,
 )
@@ -97,7 +96,7 @@ async def serve_https(
     *,
     limits: HttpsLimits | None = None,
     shutdown: trio.Event | None = None,
-    on_refusal: OnRefusal = log_refusal,
+    on_refusal: OnRefusal | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve *app* until *shutdown* is set (running requests may end) or until cancelled (at once).

@@ -38,5 +38,7 @@ class RefusalLog:
 
     def _begin_window(self) -> None:
         if self._unsaid:
-            log.warning(self._event, unsaid=self._unsaid, seconds=round(self._clock() - self._since))
+            log.warning(
+                "refusals.unsaid", of=self._event, number=self._unsaid, seconds=round(self._clock() - self._since)
+            )
         self._since, self._said, self._unsaid = self._clock(), 0, 0

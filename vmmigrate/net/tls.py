@@ -290,9 +290,6 @@ OnConnection: TypeAlias = Callable[[TlsStream, Identity], Awaitable[None]]
 OnRefusal: TypeAlias = Callable[[str, VmMigrateError], None]
 
 
-log_refusal: Final[OnRefusal] = RefusalLog("tls.refused")
-
-
 async def serve_tls(
     listeners: Sequence[trio.SocketListener],
     credentials: Callable[[], TlsContext],
@@ -300,7 +297,7 @@ async def serve_tls(
     *,
     limits: ServeLimits | None = None,
     call: Call | None = None,
-    on_refusal: OnRefusal = log_refusal,
+    on_refusal: OnRefusal | None = None,
     https_compatible: bool = False,
     connection_nursery: trio.Nursery | None = None,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
@@ -319,7 +316,14 @@ async def serve_tls(
             `forbidden`.
         connection_nursery: Where connections run, if they shall outlive accepting.
     """
-    door = _Door(credentials, on_connection, limits or ServeLimits(), call, on_refusal, https_compatible)
+    door = _Door(
+        credentials,
+        on_connection,
+        limits or ServeLimits(),
+        call,
+        on_refusal or RefusalLog("tls.refused"),
+        https_compatible,
+    )
     await trio.serve_listeners(door.admit, list(listeners), handler_nursery=connection_nursery, task_status=task_status)
 
 
