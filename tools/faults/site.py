@@ -20,7 +20,6 @@ import trio
 import vmmigrate
 from tools.faults.forks import DaemonProcess, Forks
 from vmmigrate.api.client import HostClient, open_client
-from vmmigrate.daemon.config import Config
 from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.tls import TlsFiles
@@ -28,9 +27,6 @@ from vmmigrate.net.tls import TlsFiles
 TRUST_DOMAIN = "test.example"
 READY_DEADLINE_S = 30.0
 END_DEADLINE_S = 10.0
-COMPACTS_EARLY = """[journal]
-compact_bytes = 8192"""
-HAS_COMPACTION = "journal" in Config.model_fields
 
 
 @dataclass
@@ -200,7 +196,8 @@ witness = "witness"
 handoff_window_s = 3
 verdict_s = 3
 resume_window_s = 3
-{COMPACTS_EARLY if HAS_COMPACTION else ""}
+[journal]
+compact_bytes = 8192
 """
     )
 

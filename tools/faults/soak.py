@@ -58,6 +58,7 @@ class Soak:
     """What came of it.
 
     Attributes:
+        guests: How many there were, one after the other.
         samples: Of both daemons, after each migration of the second half.
         rested: Of both daemons, when all was deleted and idle threads had time to end.
         restarted: Of both daemons, started again after that.
@@ -67,6 +68,7 @@ class Soak:
     migrations: int = 200
     on_migration: Callable[[int, str], None] = lambda _number, _line: None
     problems: list[str] = field(default_factory=list)
+    guests: int = 1
     outcomes: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     rested: list[Sample] = field(default_factory=list)
@@ -108,6 +110,7 @@ class Soak:
             pair.swap()
         if verdict.owner is None and not self.problems:
             self.problems += await clean(pair, instance)
+            self.guests += 1
             return await create_guest(pair.hosts["source"])
         return instance
 
