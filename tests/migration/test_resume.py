@@ -177,5 +177,8 @@ async def test_a_migration_that_waits_for_its_link_can_be_cancelled(tmp_path: Pa
         assert (await wait_outcome(canceller, migration))["outcome"] == "cancelled"
         assert (await alpha.instance(instance))["guest"]["run_state"] == "running"
         if side == "source":
+            with trio.fail_after(20):
+                while not any((tmp_path / "alpha").rglob(f"*{migration}*")):
+                    await trio.sleep(0.01)  # the report was written, and the record retired
             link.mend()
             assert (await wait_outcome(beta, migration))["outcome"] == "cancelled"

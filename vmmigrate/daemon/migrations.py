@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import secrets
 import time
@@ -272,9 +273,10 @@ class Migrations:
 
     def _why_not_resumable(self, migration_id: str, peer: Identity) -> VmMigrateError:
         """For a destination that was cut off, what ended its migration here: both records then say the same."""
-        record = self.records.get(migration_id)
-        if record is not None and record.error is not None and record.peers["destination"] == peer.uri:
-            return RequestError(record.error["message"], code=record.error["code"])
+        with contextlib.suppress(RequestError):
+            record = self.describe(migration_id)
+            if record["error"] is not None and record["peers"]["destination"] == peer.uri:
+                return RequestError(record["error"]["message"], code=record["error"]["code"])
         return RequestError(f"no migration {migration_id} goes on here", code="not_resumable")
 
     def _guest_ended(self, migration_id: str, error: VmMigrateError) -> None:
