@@ -98,7 +98,7 @@ def test_every_setting_is_documented() -> None:
         model = field.annotation
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
-        names = [f"{section}.{name}" for name in model.model_fields]
+        names = [f"{section}.{name}" for name in model.model_fields if name != "deadlines"]  # they have a table
         missing += [name for name in names if f"`{name}`" not in text and f"`[{name}]`" not in text]
 
     assert missing == []

@@ -45,7 +45,7 @@ def test_every_deadline_is_a_setting_of_its_own_name(tmp_path: Path, name: str) 
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("value", ["-1", "1e9", "nan", "inf", "true", '"10"', "[1]"])
 def test_what_is_no_number_of_seconds_within_bounds_is_refused_by_name(tmp_path: Path, name: str, value: str) -> None:
-    with pytest.raises(UsageError, match=f"limits: {name}: .*allowed are numbers from") as refusal:
+    with pytest.raises(UsageError, match=rf"limits\.{name}: .*allowed are numbers from") as refusal:
         _read(tmp_path, f"{name} = {value}")
 
     assert refusal.value.code == "bad_config"

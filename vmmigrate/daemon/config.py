@@ -209,7 +209,9 @@ def read_config(path: Path) -> Config:
         first = exc.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         more = f" (and {exc.error_count() - 1} more)" if exc.error_count() > 1 else ""
-        raise UsageError(f"{path}: {where}: {_plainly(first)}{more}", code="bad_config") from None
+        # Deadlines stand in `[limits]` itself; what is wrong with them names the row.
+        dot = "." if where == "limits" else ": "
+        raise UsageError(f"{path}: {where}{dot}{_plainly(first)}{more}", code="bad_config") from None
     return _absolute(config, path.parent)
 
 
