@@ -58,6 +58,7 @@ compat: dev ## only the tests that read golden files
 fixtures: dev ## write golden frames and schemas of the newest versions; released ones never change
 	@$(BIN)/python -m tools.frame_fixtures --rewrite-head
 	@$(BIN)/python -m tools.payload_fixtures --rewrite-head
+	@$(BIN)/python -m tools.sealed_vectors --rewrite-head
 	@$(BIN)/python -m tools.spec_schemas
 
 bench: base ## run every benchmark; prints ratios measured in one run

@@ -1,4 +1,4 @@
-"""What was released never changes: spec documents and schemas, and golden frames, of every version.
+"""What was released never changes: spec documents and schemas, golden frames and sealed vectors, of every version.
 
     python -m tools.check_frozen            compare; says every file that changed, vanished or is not recorded
     python -m tools.check_frozen --record   add files that are new to the list; changes none of its lines
@@ -19,9 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = "fixtures/specs/frozen.sha256"
-FROZEN = ("fixtures/specs/v*/*", "fixtures/frames/v*/*", "vmmigrate/spec/schemas/*.json")
+FROZEN = ("fixtures/specs/v*/*", "fixtures/frames/v*/*", "fixtures/sealed/v*/*", "vmmigrate/spec/schemas/*.json")
 # Versions that are still being made. The release takes their lines out and runs --record.
-UNRELEASED = ("fixtures/frames/v1/*",)
+UNRELEASED = ("fixtures/frames/v1/*", "fixtures/sealed/v1/*")
 MAIN_BRANCHES = ("origin/main", "main")
 
 

@@ -38,3 +38,24 @@ def test_a_host_that_could_match_nothing_is_a_mistake(host: str, tmp_path: Path)
 
     assert caught.value.code == "bad_config"
     assert "\n" not in str(caught.value)
+
+
+def test_bulk_transports_are_sealed_first_and_in_the_order_in_which_they_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "daemon.toml"
+    path.write_text(_NEEDED)
+    assert read_config(path).bulk.transports == ["sealed", "tls"]
+
+    path.write_text(f'{_NEEDED}[bulk]\ntransports = ["tls"]\n')
+    assert read_config(path).bulk.transports == ["tls"]
+
+
+@pytest.mark.parametrize("transports", ['["plain"]', "[]", '["tls", "tls"]', '"tls"'])
+def test_a_transport_that_is_none_is_a_mistake(transports: str, tmp_path: Path) -> None:
+    """Above all there is none without encryption."""
+    path = tmp_path / "daemon.toml"
+    path.write_text(f"{_NEEDED}[bulk]\ntransports = {transports}\n")
+
+    with pytest.raises(UsageError, match=r"bulk\.transports") as caught:
+        read_config(path)
+
+    assert caught.value.code == "bad_config"

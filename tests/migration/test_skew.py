@@ -185,6 +185,7 @@ async def test_the_record_says_what_was_passed_over_and_why(tmp_path: Path) -> N
             passed["spec version v9"]
             == passed["protocol 9"]
             == passed["encoding lz9"]
+            == passed["transport quantum"]
             == ("the source does not write it")
         )
         assert passed["spec version v3"] == "the source does not write it", "beta is narrowed as a source, too"
@@ -243,7 +244,7 @@ async def test_a_device_whose_present_state_the_older_version_cannot_say_is_refu
 REFUSALS: Mapping[str, tuple[Callable[[Abilities], Abilities], list[tuple[str, list[str], list[str]]]]] = {
     "a protocol of the future": (only(protocols=(9,)), [("protocol", ["1"], ["9"])]),
     "encodings of the future": (only(encodings=("lz9",)), [("encodings", ["raw", "zero"], ["lz9"])]),
-    "a transport of the future": (only(transports=("quantum",)), [("transports", ["tls"], ["quantum"])]),
+    "a transport of the future": (only(transports=("quantum",)), [("transports", ["sealed", "tls"], ["quantum"])]),
     "no common digest": (only(digests=("sha9",)), [("digests", ["multilinear-64"], ["sha9"])]),
     "kinds that it does not know": (
         only(payloads={"uart-16550": (), "pci-virtio": (9,)}),

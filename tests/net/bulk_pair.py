@@ -1,9 +1,10 @@
-"""Two guests' RAM in memory files, and bulk streams between them: real TLS over loopback, real threads."""
+"""Two guests' RAM in memory files, and bulk streams between them: real sockets over loopback, real threads."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -17,7 +18,10 @@ import numpy.typing as npt
 import trio
 
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Region
-from vmmigrate.net.bulk import BulkDestination, BulkSource, RoundSent, TlsLink
+from vmmigrate.net.bulk import BulkDestination, BulkSource, ReceiveLink, RoundSent, SendLink, TlsLink
+from vmmigrate.net.door import SEALED
+from vmmigrate.net.sealed import OpeningLink, PartKeys, SealingLink
+from vmmigrate.net.secrets import SessionContext, SessionSecrets
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsContext, connect_blocking, wrap_blocking_server
 from vmmigrate.ram.digest import PageHash
@@ -25,6 +29,7 @@ from vmmigrate.ram.digest import PageHash
 WAIT_S = 5
 WORDS = PAGE_SIZE // 8
 PAGE_HASH = PageHash(b"a secret of one migration")
+CONTEXT = SessionContext(1, "3dd63c0a-1599-48bd-a84f-2e419b205049", "an instance", "source", "destination", 1)
 
 Pages = npt.NDArray[np.uint64]
 
@@ -33,6 +38,7 @@ Pages = npt.NDArray[np.uint64]
 class Contexts:
     source: TlsContext
     destination: TlsContext
+    transport: str = SEALED
 
 
 class Ram:
@@ -97,9 +103,22 @@ def socket_pair(contexts: Contexts) -> tuple[socket.socket, socket.socket]:
     return source, destination
 
 
-def link_pair(contexts: Contexts, stall_limit_s: float = WAIT_S) -> tuple[TlsLink, TlsLink]:
+def link_pair(contexts: Contexts, stall_limit_s: float = WAIT_S) -> tuple[SendLink, ReceiveLink]:
+    """The two ends of a stream of a session of its own."""
     source, destination = socket_pair(contexts)
-    return TlsLink(source, "destination", stall_limit_s), TlsLink(destination, "source", stall_limit_s)
+    if contexts.transport != SEALED:
+        return TlsLink(source, "destination", stall_limit_s), TlsLink(destination, "source", stall_limit_s)
+    ours, theirs = session_pair()
+    return (
+        SealingLink(source, PartKeys(ours, 0), "destination", stall_limit_s),
+        OpeningLink(destination, PartKeys(theirs, 0), "source", stall_limit_s),
+    )
+
+
+def session_pair(context: SessionContext = CONTEXT) -> tuple[SessionSecrets, SessionSecrets]:
+    """What both ends of a new session hold."""
+    randoms = secrets.token_bytes(32), secrets.token_bytes(32)
+    return SessionSecrets(context, *randoms), SessionSecrets(context, *randoms)
 
 
 @dataclass

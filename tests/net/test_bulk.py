@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-import ssl
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from hypothesis import strategies as st
 
 from vmmigrate.errors import RemoteProtocolError, TransportError
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
-from vmmigrate.net.bulk import BulkDestination, BulkSource, TlsLink
+from vmmigrate.net.bulk import BulkDestination, BulkSource, ReceiveLink, SendLink
+from vmmigrate.net.door import SEALED, TLS
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsFiles, client_context, server_context
 from vmmigrate.ram.digest import condense
@@ -33,7 +33,6 @@ from .bulk_pair import (
     layout_of,
     link_pair,
     open_pair,
-    socket_pair,
     threads_in,
 )
 
@@ -54,9 +53,9 @@ SHAPES: dict[str, Callable[[int], range]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def contexts(source_files: TlsFiles, destination_files: TlsFiles) -> Contexts:
-    return Contexts(server_context(source_files), client_context(destination_files))
+@pytest.fixture(scope="session", params=[SEALED, TLS])
+def contexts(request: pytest.FixtureRequest, source_files: TlsFiles, destination_files: TlsFiles) -> Contexts:
+    return Contexts(server_context(source_files), client_context(destination_files), request.param)
 
 
 # --------------------------------------------------------------------------- what is sent arrives
@@ -311,11 +310,28 @@ def record(kind: RecordKind, *runs: tuple[int, int], payload_pages: int | None =
     return header(kind, len(runs), len(payload), number=number) + table + payload
 
 
+def parts_of(raw: bytes) -> Iterator[bytes]:
+    """*raw* cut as a receiver will ask for it, as far as it goes: header, table, pages; header, ..."""
+    while raw:
+        sizes = [HEADER.size]
+        if len(raw) >= HEADER.size:
+            _, _, runs, _, payload_bytes, _ = HEADER.unpack(raw[: HEADER.size])
+            sizes += [runs * RUN_DTYPE.itemsize, payload_bytes]
+        for size in sizes:
+            if raw[:size]:
+                yield raw[:size]
+            raw = raw[size:]
+
+
 class Raw:
     """A destination, and links of a source that says whatever it wants."""
 
     def __init__(
-        self, contexts: Contexts, layout: RamLayout, streams: int, links: list[tuple[TlsLink, TlsLink]] | None = None
+        self,
+        contexts: Contexts,
+        layout: RamLayout,
+        streams: int,
+        links: list[tuple[SendLink, ReceiveLink]] | None = None,
     ) -> None:
         self.links = links or [link_pair(contexts) for _ in range(streams)]
         self.ram = Ram(layout)
@@ -323,7 +339,7 @@ class Raw:
 
     def send(self, *records: bytes, stream: int = 0) -> None:
         for raw in records:
-            self.links[stream][0].send(raw)
+            self.links[stream][0].send(*parts_of(raw))
 
     def __enter__(self) -> Raw:
         return self
@@ -420,36 +436,52 @@ async def test_a_record_that_is_refused_leaves_what_came_before_it(contexts: Con
 # --------------------------------------------------------------------------- cancel, cut, stall
 
 
-class Witness(TlsLink):
+class Witness:
     """A link that writes down who used it when."""
 
-    def __init__(self, sock: ssl.SSLSocket, peer: str) -> None:
-        super().__init__(sock, peer, WAIT_S)
+    def __init__(self, link: Any) -> None:
+        self.link = link
         self.events: list[str] = []
         self.entered = threading.Event()
 
-    def send(self, chunk: memoryview | bytes) -> None:
+    def send(self, *parts: memoryview | bytes) -> None:
         self.entered.set()
-        try:
-            super().send(chunk)
-        finally:
-            self.events.append("left")
+        with self._noted():
+            self.link.send(*parts)
 
     def receive_into(self, target: memoryview) -> None:
         if len(target) >= PAGE_SIZE:
             self.entered.set()
+        with self._noted():
+            self.link.receive_into(target)
+
+    def await_into(self, target: memoryview) -> None:
+        with self._noted():
+            self.link.await_into(target)
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
         try:
-            super().receive_into(target)
+            yield
         finally:
             self.events.append("left")
 
     def shutdown(self) -> None:
         self.events.append("shutdown")
-        super().shutdown()
+        self.link.shutdown()
 
     def close(self) -> None:
         self.events.append("close")
-        super().close()
+        self.link.close()
+
+
+def is_open(link: Any) -> bool:
+    return bool(link._sock.fileno() != -1)
+
+
+async def wait_something_sent(link: Any) -> None:
+    """Until the source has sent something that nobody has received."""
+    await trio.lowlevel.wait_readable(link._sock)
 
 
 def assert_joined_before_closed(link: Witness) -> None:
@@ -462,8 +494,8 @@ def assert_joined_before_closed(link: Witness) -> None:
 
 async def test_cancel_in_the_middle_of_a_big_send_ends_at_once_with_its_threads_joined(contexts: Contexts) -> None:
     layout = layout_of(8192)  # 32 MiB: more than two sockets buffer
-    pairs = [socket_pair(contexts) for _ in range(2)]
-    links = [Witness(source, "destination") for source, _ in pairs]
+    pairs = [link_pair(contexts) for _ in range(2)]
+    links = [Witness(source) for source, _ in pairs]
     with closing(Ram(layout)) as ram, closing(pairs[0][1]), closing(pairs[1][1]):
         ram.pages[:] = content(layout.pages, 8)
         source = BulkSource(links, layout, ram.read_only(), PAGE_HASH)
@@ -471,7 +503,7 @@ async def test_cancel_in_the_middle_of_a_big_send_ends_at_once_with_its_threads_
             async with open_group() as nursery:
                 nursery.start_soon(source.send_round, PageBitmap.full(layout.pages), 1)
                 for _, peer in pairs:
-                    await trio.lowlevel.wait_readable(peer)
+                    await wait_something_sent(peer)
                 assert len(threads_in(BULK)) == 2
                 nursery.cancel_scope.cancel()
 
@@ -482,9 +514,9 @@ async def test_cancel_in_the_middle_of_a_big_send_ends_at_once_with_its_threads_
 
 
 async def test_cancel_in_the_middle_of_a_receive_ends_at_once_with_its_threads_joined(contexts: Contexts) -> None:
-    pairs = [socket_pair(contexts) for _ in range(2)]
-    links = [Witness(destination, "source") for _, destination in pairs]
-    sources = [TlsLink(source, "destination") for source, _ in pairs]
+    pairs = [link_pair(contexts) for _ in range(2)]
+    links = [Witness(destination) for _, destination in pairs]
+    sources = [source for source, _ in pairs]
     with Raw(contexts, HOSTILE_LAYOUT, 2, list(zip(sources, links, strict=True))) as raw:
         with trio.fail_after(WAIT_S):
             async with open_group() as nursery:
@@ -494,7 +526,7 @@ async def test_cancel_in_the_middle_of_a_receive_ends_at_once_with_its_threads_j
                 nursery.cancel_scope.cancel()
 
         assert threads_in(BULK) == []
-        assert not any(sock.fileno() == -1 for _, sock in pairs)  # still open: only the owner closes
+        assert all(is_open(link) for _, link in pairs)  # still open: only the owner closes
     assert_joined_before_closed(links[0])
 
 
@@ -510,15 +542,15 @@ async def test_cancel_ends_a_destination_that_waits_for_the_next_round(contexts:
 
 async def test_a_cut_link_is_an_error_at_the_source(contexts: Contexts) -> None:
     layout = layout_of(8192)
-    pairs = [socket_pair(contexts) for _ in range(2)]
+    pairs = [link_pair(contexts) for _ in range(2)]
     with closing(Ram(layout)) as ram:
         ram.pages[:] = content(layout.pages, 9)
-        source = BulkSource([TlsLink(sock, "destination") for sock, _ in pairs], layout, ram.read_only(), PAGE_HASH)
+        source = BulkSource([link for link, _ in pairs], layout, ram.read_only(), PAGE_HASH)
 
         async def send_and_cut() -> None:
             async with open_group() as nursery:
                 nursery.start_soon(source.send_round, PageBitmap.full(layout.pages), 1)
-                await trio.lowlevel.wait_readable(pairs[0][1])
+                await wait_something_sent(pairs[0][1])
                 for _, peer in pairs:
                     peer.close()
 
@@ -593,10 +625,10 @@ async def test_a_peer_that_is_silent_between_records_is_not_a_stalled_one(contex
 
 async def test_a_peer_that_stops_reading_is_noticed(contexts: Contexts) -> None:
     layout = layout_of(8192)
-    source_sock, peer = socket_pair(contexts)
+    link, peer = link_pair(contexts, 0.1)
     with closing(Ram(layout)) as ram, closing(peer):
         ram.pages[:] = content(layout.pages, 10)
-        source = BulkSource([TlsLink(source_sock, "destination", 0.1)], layout, ram.read_only(), PAGE_HASH)
+        source = BulkSource([link], layout, ram.read_only(), PAGE_HASH)
 
         with pytest.raises(TransportError) as caught, trio.fail_after(WAIT_S):
             await source.send_round(PageBitmap.full(layout.pages), 1)
@@ -617,14 +649,11 @@ def test_a_link_can_be_shut_down_twice_and_after_the_peer_has_gone(contexts: Con
 
 def test_shutdown_does_not_free_the_file_number(contexts: Contexts) -> None:
     """Else the next connection could get it while a thread still uses it."""
-    source, destination = socket_pair(contexts)
-    number = source.fileno()
-    link = TlsLink(source, "destination")
+    link, peer = link_pair(contexts)
 
     link.shutdown()
 
-    assert source.fileno() == number
-    with closing(socket.socket()) as another:
-        assert another.fileno() != number
+    assert is_open(link)
     link.close()
-    destination.close()
+    assert not is_open(link)
+    peer.close()

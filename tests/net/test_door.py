@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import structlog
@@ -16,8 +17,8 @@ import trio
 import trio.testing
 
 from vmmigrate.errors import IdentityError, TransportError, VmMigrateError
-from vmmigrate.net.bulk import TlsLink
-from vmmigrate.net.door import HELLO, Appointment, BulkDoor, DoorLimits, StreamHello, open_streams
+from vmmigrate.net.bulk import ReceiveLink
+from vmmigrate.net.door import HELLO, SEALED, TLS, Appointment, BulkDoor, DoorLimits, StreamHello, open_streams
 from vmmigrate.net.identity import Role
 from vmmigrate.net.secrets import SessionContext, SessionSecrets, proof
 from vmmigrate.net.threads import open_group
@@ -106,9 +107,9 @@ def _knock(port: int, files: TlsFiles, said: bytes) -> bytes:
 
 
 async def open_all(
-    opened: Opened, files: TlsFiles, streams: int, secrets: SessionSecrets = SECRETS
-) -> tuple[TlsLink, ...]:
-    return await open_streams(LOOPBACK, opened.port, client_context(files), SOURCE, secrets, streams)
+    opened: Opened, files: TlsFiles, streams: int, secrets: SessionSecrets = SECRETS, transport: str = TLS
+) -> tuple[ReceiveLink, ...]:
+    return await open_streams(LOOPBACK, opened.port, client_context(files), SOURCE, secrets, streams, transport)
 
 
 async def check_door_opens(
@@ -116,7 +117,7 @@ async def check_door_opens(
 ) -> None:
     """A right hello for each stream opens them; and each link is the one of its stream."""
     with trio.fail_after(WAIT_S):
-        theirs = await open_all(opened, files, appointment.streams, secrets)
+        theirs = await open_all(opened, files, appointment.streams, secrets, appointment.transport)
         ours = await opened.door.collect(appointment)
     assert len(ours) == len(theirs) == appointment.streams
     for number, (link, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -131,14 +132,64 @@ async def check_door_opens(
 # --------------------------------------------------------------------------- those who belong
 
 
+@pytest.mark.parametrize("transport", [SEALED, TLS])
 @pytest.mark.parametrize("streams", [1, 3])
 async def test_a_right_hello_opens_each_stream_in_its_place(
-    source_files: TlsFiles, destination_files: TlsFiles, streams: int
+    source_files: TlsFiles, destination_files: TlsFiles, streams: int, transport: str
 ) -> None:
     async with open_door(source_files) as opened:
-        with opened.door.expect(SECRETS, DESTINATION, streams) as appointment:
-            await check_door_opens(opened, appointment, destination_files)
+        with opened.door.expect(secrets_of(), DESTINATION, streams, transport) as appointment:
+            await check_door_opens(opened, appointment, destination_files, secrets_of())
         assert opened.refused() == 0
+
+
+@pytest.mark.parametrize("said", [b"!", bytes(1 << 20)], ids=["little", "much"])
+async def test_what_a_source_seals_right_behind_its_proof_is_not_lost(
+    source_files: TlsFiles, destination_files: TlsFiles, said: bytes
+) -> None:
+    """The destination leaves TLS with the proof; what came with it into the same buffers belongs to the stream."""
+    async with open_door(source_files) as opened:
+        with opened.door.expect(secrets_of(), DESTINATION, 1, SEALED) as appointment:
+            async with open_group() as nursery:
+
+                async def send() -> None:
+                    (link,) = await opened.door.collect(appointment)
+                    await trio.to_thread.run_sync(link.send, said)
+                    link.close()
+
+                nursery.start_soon(send)
+                (theirs,) = await open_all(opened, destination_files, 1, secrets_of(), SEALED)
+                received = bytearray(len(said))
+                with trio.fail_after(WAIT_S):
+                    await trio.to_thread.run_sync(theirs.receive_into, memoryview(received))
+                theirs.close()
+
+    assert received == said
+
+
+async def test_a_sealed_stream_has_left_tls_and_shows_nothing(
+    source_files: TlsFiles, destination_files: TlsFiles
+) -> None:
+    async with open_door(source_files) as opened:
+        with opened.door.expect(secrets_of(), DESTINATION, 1, SEALED) as appointment:
+            theirs = await trio.to_thread.run_sync(_say, opened.port, destination_files, proven(HELLO_0))
+            (ours,) = await opened.door.collect(appointment)
+            ours.send(b"what nobody may read" * 10)
+            ours.close()
+            with closing(socket.socket(fileno=theirs.detach())) as wire:
+                wire.settimeout(WAIT_S)
+                shown = wire.recv(4096)
+
+    assert len(shown) == 200 + 16
+    assert b"nobody" not in shown
+
+
+def _say(port: int, files: TlsFiles, said: bytes) -> ssl.SSLSocket:
+    tls, _ = connect_blocking(LOOPBACK, port, client_context(files), None, WAIT_S)
+    tls.settimeout(WAIT_S)
+    tls.sendall(said)
+    assert len(tls.recv(64)) == 32
+    return tls
 
 
 async def test_sessions_side_by_side_get_their_own_streams(source_files: TlsFiles, destination_files: TlsFiles) -> None:
@@ -513,7 +564,7 @@ async def test_links_that_were_claimed_outlive_the_appointment(
         theirs[0].close()
 
 
-async def expect_cut(link: TlsLink) -> None:
+async def expect_cut(link: Any) -> None:
     with pytest.raises(TransportError):
         await trio.to_thread.run_sync(link.receive_into, memoryview(bytearray(1)))
     link.close()

@@ -16,6 +16,7 @@ from vmmigrate.errors import IdentityError, UsageError, VmMigrateError
 from vmmigrate.net import pki, revocation
 from vmmigrate.net.bulk import TlsLink
 from vmmigrate.net.channel import open_channel
+from vmmigrate.net.door import SEALED, TLS
 from vmmigrate.net.identity import Role
 from vmmigrate.net.revocation import LivePeers
 from vmmigrate.net.tls import (
@@ -33,7 +34,7 @@ from vmmigrate.wire import messages as m
 from vmmigrate.wire import phases
 
 from .conftest import HOUR, Site, host_identity
-from .test_door import HELLO_0, SECRETS, open_door, proven
+from .test_door import HELLO_0, open_door, proven, secrets_of
 from .test_tls import LOOPBACK, WAIT_S, echo, served
 
 SOURCE, DESTINATION = host_identity("source"), host_identity("destination")
@@ -325,13 +326,15 @@ async def test_a_connection_that_we_made_ends_when_its_peer_is_revoked(site: Sit
     assert failure.value.code == "certificate_revoked"
 
 
-async def test_a_bulk_stream_of_a_revoked_peer_is_shut_down(site: Site) -> None:
+@pytest.mark.parametrize("transport", [SEALED, TLS])
+async def test_a_bulk_stream_of_a_revoked_peer_is_shut_down(site: Site, transport: str) -> None:
+    """Also when it has left TLS, and with it the certificate."""
     credentials = ServerCredentials(with_list(site, site.host("source")))
     revoked = site.host("destination")
     async with (
         open_door(credentials) as opened,
     ):
-        with opened.door.expect(SECRETS, DESTINATION, 1) as appointment:
+        with opened.door.expect(secrets_of(), DESTINATION, 1, transport) as appointment:
             tls = await trio.to_thread.run_sync(_hello, opened.port, revoked)
             (link,) = await opened.door.collect(appointment)
         revocation.revoke(site.directory, revoked.certificate)
@@ -339,7 +342,7 @@ async def test_a_bulk_stream_of_a_revoked_peer_is_shut_down(site: Site) -> None:
         ended = credentials.reload()
 
         with pytest.raises(VmMigrateError):
-            await trio.to_thread.run_sync(link.receive_into, memoryview(bytearray(1)))
+            link.send(b"!")
         link.close()
         tls.close()
     assert [error.code for error in ended] == ["certificate_revoked"]

@@ -60,7 +60,7 @@ def test_our_best_common_word_is_chosen_whatever_the_peers_order(ours: list[str]
 def test_what_both_sides_know_is_chosen() -> None:
     choice = choose(OFFER, Abilities(), wanted_streams=4, needs=[Need("clock0", "rtc", (1, 2))])
 
-    assert (choice.protocol, choice.transport, choice.digest) == (1, "tls", "multilinear-64")
+    assert (choice.protocol, choice.transport, choice.digest) == (1, "sealed", "multilinear-64")
     assert choice.encodings == ("raw", "zero")
     assert (choice.streams, choice.payloads) == (4, {"rtc": 2})
 
@@ -72,7 +72,7 @@ def test_unknown_words_and_versions_are_skipped() -> None:
         protocols=(0, 1, 7, 4_000_000_000),
         payloads={"rtc": (1, 99), "hologram": (1,)},
         ram={
-            "transports": ("quantum", "tls"),
+            "transports": ("quantum", "sealed", "tls"),
             "encodings": ("lz9", "zero", "raw"),
             "digests": ("sha9", "multilinear-64"),
             "colours": ("red",),
@@ -102,7 +102,7 @@ def test_all_mismatches_are_reported_at_once() -> None:
     assert caught.value.code == "no_common_ground"
     assert caught.value.details["mismatches"] == [
         {"topic": "protocol", "source": ["1"], "destination": ["2"]},
-        {"topic": "transports", "source": ["tls"], "destination": ["quantum"]},
+        {"topic": "transports", "source": ["sealed", "tls"], "destination": ["quantum"]},
         {"topic": "digests", "source": ["multilinear-64"], "destination": []},
         {"topic": "encodings", "source": ["raw", "zero"], "destination": ["zero"]},
         {"topic": "payload rtc of device clock0", "source": ["1"], "destination": [], **CLOCK},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -159,6 +159,27 @@ def _known_payloads(payloads: dict[str, list[int]]) -> dict[str, list[int]]:
     return payloads
 
 
+Transport = Literal["sealed", "tls"]
+
+
+def _each_once(words: list[str]) -> list[str]:
+    if len(set(words)) < len(words):
+        raise ValueError("one of them is named twice")
+    return words
+
+
+class Bulk(_Section):
+    """How guest RAM travels.
+
+    Attributes:
+        transports: Most wanted first; what is not named is neither offered nor chosen.
+    """
+
+    transports: Annotated[list[Transport], Field(min_length=1), AfterValidator(_each_once)] = Field(
+        default_factory=lambda: list[Transport](["sealed", "tls"])
+    )
+
+
 SpecVersion = Annotated[str, AfterValidator(_known_spec_version)]
 
 
@@ -185,6 +206,7 @@ class Config(_Section):
     allow: Allow = Allow()
     limits: Limits = Limits()
     journal: JournalLimits = JournalLimits()
+    bulk: Bulk = Bulk()
     compat: Compat = Compat()
 
     def tls_files(self) -> TlsFiles:

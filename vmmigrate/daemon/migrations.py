@@ -569,8 +569,9 @@ def sweep() -> None:
 
 def _abilities(host: Host) -> Abilities:
     """What this release can do with this hypervisor, narrowed as the configuration says."""
-    compat = host.config.compat
-    return narrowed(of_this_release(host.hypervisor.capabilities), compat.spec_versions, compat.payloads)
+    compat, bulk = host.config.compat, host.config.bulk
+    everything = of_this_release(host.hypervisor.capabilities)
+    return narrowed(everything, compat.spec_versions, compat.payloads, bulk.transports)
 
 
 def _options(request: MigrateOut) -> MigrationOptions:

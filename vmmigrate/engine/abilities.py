@@ -27,13 +27,17 @@ def of_this_release(capabilities: Capabilities | None = None) -> Abilities:
 
 
 def narrowed(
-    abilities: Abilities, spec_versions: Sequence[str] | None, payloads: Mapping[str, Sequence[int]]
+    abilities: Abilities,
+    spec_versions: Sequence[str] | None,
+    payloads: Mapping[str, Sequence[int]],
+    transports: Sequence[str] | None = None,
 ) -> Abilities:
     """*abilities* without the spec versions, and without the versions of the kinds in *payloads*, that are not named.
 
     Args:
         spec_versions: None leaves all.
         payloads: By kind; a kind that is not in it keeps all its versions, one with no version is not used at all.
+        transports: Of bulk streams, most wanted first; None leaves all.
     """
     kept = {
         kind: tuple(version for version in versions if version in payloads.get(kind, versions))
@@ -44,6 +48,7 @@ def narrowed(
         abilities,
         spec_versions=specs if spec_versions is None else tuple(name for name in specs if name in spec_versions),
         payloads={kind: versions for kind, versions in kept.items() if versions},
+        transports=abilities.transports if transports is None else tuple(transports),
     )
 
 

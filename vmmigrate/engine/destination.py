@@ -156,9 +156,12 @@ async def _resume(
 ) -> Agreed:
     """Come to the source again, and go on where the link was cut. Every receiver thread was joined before.
 
-    Raises: the reason of the cut, when this is no matter for coming again or the source was not reached in time;
-        NegotiationError, IdentityError: the source does not go on.
+    Raises: a breach of what has landed, before all; the reason of the cut, when this is no matter for coming again or
+        the source was not reached in time; NegotiationError, IdentityError: the source does not go on.
     """
+    if arriving.landing.breach is not None:
+        # Who can forge can cut, too: a lost link beside a forgery is no lost link.
+        raise arriving.landing.breach from error
     reason = await way.channel.true_reason(error)
     session = way.channel.session
     if not isinstance(reason, TransportError) or reason.code not in LINK_LOST:
@@ -368,6 +371,7 @@ async def _bulk_streams(
         migration.source,
         agreed.secrets,
         agreed.select.streams,
+        agreed.select.transport,
         deadline_s=migration.deadlines.hello_s,
         stall_limit_s=migration.deadlines.stall_s,
     )

@@ -81,6 +81,7 @@ def note_passed_over(
             *_versions("protocol", select.protocol, abilities.protocols, offer.protocols),
             *_spec_versions(select.spec_version, abilities.spec_versions, offer.spec_versions, spec),
             *_payloads(select, offer, needs),
+            *_transports(select, abilities, offer),
             *_encodings(select, abilities, offer),
         ]
     ]
@@ -127,6 +128,15 @@ def _payloads(select: m.Select, offer: m.Offer, needs: Sequence[Need]) -> Iterat
                 continue
             silent = [need.device for need in needs if need.kind == kind and version not in need.versions]
             yield f"payload {kind} version {version}", f"{_NOT_WRITTEN} for {', '.join(silent)}"
+
+
+def _transports(select: m.Select, abilities: Abilities, offer: m.Offer) -> Iterator[tuple[str, str]]:
+    """What one side wants more than what was chosen, and the other does not know: no fall-back is silent."""
+    ours, theirs = abilities.transports, offer.ram.get("transports", ())
+    wanted = (*theirs[: theirs.index(select.transport)], *ours[: ours.index(select.transport)])
+    for word in dict.fromkeys(wanted):
+        if not (word in ours and word in theirs):
+            yield f"transport {word}", _NOT_READ if word in ours else _NOT_WRITTEN
 
 
 def _encodings(select: m.Select, abilities: Abilities, offer: m.Offer) -> Iterator[tuple[str, str]]:

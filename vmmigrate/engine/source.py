@@ -206,7 +206,8 @@ async def _bulk_streams(
     has answered that.
     """
     layout, pages = migration.live.ram.layout, migration.live.ram.pages
-    with migration.door.expect(agreed.secrets, migration.destination, agreed.select.streams) as appointment:
+    streams, transport = agreed.select.streams, agreed.select.transport
+    with migration.door.expect(agreed.secrets, migration.destination, streams, transport) as appointment:
         if copy.pending is None:
             await synchronise(channel, agreed, migration)
         else:

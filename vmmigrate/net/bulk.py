@@ -4,11 +4,12 @@ k blocking sockets in k worker threads (`StreamSender`, `StreamReceiver`), a lim
 two trio faces (`BulkSource`, `BulkDestination`). Cancel is `shutdown()`, join, then `close()`: closing first would hand
 the file number to the next connection while a thread still reads from it.
 
-This module knows memoryviews, page arrays and page runs, nothing of hypervisors. The transport is an object with
-`send`, `receive_into`, `shutdown` and `close` (`Link`); today that is a TLS socket.
+This module knows memoryviews, page arrays and page runs, nothing of hypervisors. The transport is a `SendLink` at the
+source and a `ReceiveLink` at the destination: sealed (`net.sealed`), or a TLS socket (`TlsLink`).
 
 Who trusts what: a receiver acts on a record only after its runs were checked against the regions and the stream's
-stripes. Over TLS every byte is authenticated before it is seen.
+stripes, and its header and runs are authenticated before they are looked at, on both transports. Pages of a sealed
+record land while they are authenticated: should that fail, `Landing.breach` is the end of the migration.
 """
 
 from __future__ import annotations
@@ -54,23 +55,31 @@ Pages = npt.NDArray[np.uint64]  # guest RAM, shape (pages, 512)
 class Link(Protocol):
     """One bulk connection, authenticated and bound to its migration, session, stream and direction."""
 
-    def send(self, chunk: memoryview | bytes) -> None:
-        """Send all of it."""
-
-    def receive_into(self, target: memoryview) -> None:
-        """Fill *target* entirely; a peer that stalls in the middle of a record is given `STALL_LIMIT_S`."""
-
-    def await_into(self, target: memoryview) -> None:
-        """Fill *target* with the beginning of the next record, whenever that comes; once begun, as `receive_into`."""
-
     def shutdown(self) -> None:
         """Make calls of other threads fail; they must be joined before `close`."""
 
     def close(self) -> None: ...
 
 
+class SendLink(Link, Protocol):
+    """The source's end."""
+
+    def send(self, *parts: memoryview | bytes) -> None:
+        """Send all of it; the destination receives part by part, each of at most 1 MiB."""
+
+
+class ReceiveLink(Link, Protocol):
+    """The destination's end. Both calls raise TransportError when cut, RemoteProtocolError when it is a forgery."""
+
+    def receive_into(self, target: memoryview) -> None:
+        """Fill *target* with the next part; a peer that stalls in the middle of a record is given `STALL_LIMIT_S`."""
+
+    def await_into(self, target: memoryview) -> None:
+        """Fill *target* with the first part of the next record, whenever that comes; once begun, as `receive_into`."""
+
+
 class TlsLink:
-    """A Link over a blocking TLS socket; it is shut down when its peer is revoked."""
+    """Either end over a blocking TLS socket; it is shut down when its peer is revoked."""
 
     def __init__(self, sock: ssl.SSLSocket, peer: str, stall_limit_s: float = STALL_LIMIT_S) -> None:
         """Raises: IdentityError `certificate_revoked`: the peer was, since the handshake."""
@@ -80,9 +89,10 @@ class TlsLink:
         self._doing = f"bulk stream with {peer}"
         self._leave = watch_peer(sock, lambda _: self.shutdown())
 
-    def send(self, chunk: memoryview | bytes) -> None:
+    def send(self, *parts: memoryview | bytes) -> None:
         with map_tls_errors(self._doing, late="stalled"):
-            self._sock.sendall(chunk)
+            for part in parts:
+                self._sock.sendall(part)
 
     def await_into(self, target: memoryview) -> None:
         # Between rounds a stream may be silent for long; the control channel's heartbeats tell a dead peer.
@@ -134,7 +144,7 @@ class StreamSender:
         records_at_barrier: Records up to and with the barrier of the last round.
     """
 
-    def __init__(self, link: Link, layout: RamLayout, ram: Pages, page_hash: PageHash, table: Digests) -> None:
+    def __init__(self, link: SendLink, layout: RamLayout, ram: Pages, page_hash: PageHash, table: Digests) -> None:
         self.link = link
         self.records = 0
         self.records_at_barrier = 0
@@ -211,9 +221,7 @@ class StreamSender:
         table = b"" if runs is None else pack_runs(self._layout, runs)
         size = 0 if payload is None else payload.nbytes
         header = RecordHeader(kind, len(table) // RUN_DTYPE.itemsize, self._round, size, self.records)
-        self.link.send(header.pack() + table)
-        if payload is not None:
-            self.link.send(payload)
+        self.link.send(*[part for part in (header.pack(), table, payload) if part])
         self.records += 1
         self.bytes_sent += HEADER.size + len(table) + size
 
@@ -223,7 +231,7 @@ class BulkSource:
 
     def __init__(
         self,
-        links: Sequence[Link],
+        links: Sequence[SendLink],
         layout: RamLayout,
         ram: Pages,
         page_hash: PageHash,
@@ -292,12 +300,14 @@ class Landing:
         table: Digest of every page as it landed.
         written: Which pages were ever written here, if only in part.
         fresh: Which pages have landed whole since the last applied round.
+        breach: What came was forged or illegal. Then nothing here is to be used, whatever else failed meanwhile.
     """
 
     def __init__(self, pages: int) -> None:
         self.table: Digests = np.zeros(pages, dtype=np.uint64)
         self.written: npt.NDArray[np.bool_] = np.zeros(pages, dtype=np.bool_)
         self.fresh: npt.NDArray[np.bool_] = np.zeros(pages, dtype=np.bool_)
+        self.breach: RemoteProtocolError | None = None
 
 
 class StreamReceiver:
@@ -309,7 +319,7 @@ class StreamReceiver:
 
     def __init__(
         self,
-        link: Link,
+        link: ReceiveLink,
         stream: int,
         streams: int,
         layout: RamLayout,
@@ -335,19 +345,27 @@ class StreamReceiver:
         """Take records until a barrier: its round number; or None at the end of the stream.
 
         Raises:
-            RemoteProtocolError: `bad_record`. TransportError: cut or stalled.
+            RemoteProtocolError: `bad_record`, `seal_broken`; it is noted as the breach of the landing.
+            TransportError: cut or stalled.
         """
-        while True:
-            header = self._receive_header()
-            if header.kind is RecordKind.BARRIER:
-                return header.round_number
-            if header.kind is RecordKind.END:
-                return None
-            runs = self._receive_runs(header)
-            if header.kind is RecordKind.PAGES:
-                self._receive_pages(runs)
-            else:
-                self._apply_zeros(runs)
+        try:
+            while True:
+                header = self._receive_header()
+                if header.kind is RecordKind.BARRIER:
+                    return header.round_number
+                if header.kind is RecordKind.END:
+                    return None
+                self._land(header, self._receive_runs(header))
+        except RemoteProtocolError as breach:
+            # Noted where it happens: of several errors at once only one is raised, and this one must not be lost.
+            self._landing.breach = self._landing.breach or breach
+            raise
+
+    def _land(self, header: RecordHeader, runs: Runs) -> None:
+        if header.kind is RecordKind.PAGES:
+            self._receive_pages(runs)
+        else:
+            self._apply_zeros(runs)
 
     def _receive_header(self) -> RecordHeader:
         self.link.await_into(self._header)
@@ -398,7 +416,7 @@ class BulkDestination:
 
     def __init__(
         self,
-        links: Sequence[Link],
+        links: Sequence[ReceiveLink],
         layout: RamLayout,
         ram: Pages,
         page_hash: PageHash,
@@ -450,7 +468,7 @@ class BulkDestination:
                 return
             if self._reached[index]:
                 # A round is answered before the next begins; else a peer could make us count its barriers for ever.
-                raise RemoteProtocolError(f"stream {index}: a barrier before the last was answered", code="bad_record")
+                raise self._breach(f"stream {index}: a barrier before the last was answered")
             self._reached[index][round_number] = receiver.records
             self._note_progress()
 
@@ -468,13 +486,16 @@ class BulkDestination:
         while not all(round_number in reached for reached in self._reached):
             for index, (is_over, reached) in enumerate(zip(self._is_over, self._reached, strict=True)):
                 if is_over and round_number not in reached:
-                    raise RemoteProtocolError(f"stream {index} ended before round {round_number}", code="bad_record")
+                    raise self._breach(f"stream {index} ended before round {round_number}")
             await self._progress.wait()
         counted = tuple(reached.pop(round_number) for reached in self._reached)
         if counted != records:
-            raise RemoteProtocolError(
-                f"round {round_number}: {counted} records arrived, {records} were sent", code="bad_record"
-            )
+            raise self._breach(f"round {round_number}: {counted} records arrived, {records} were sent")
+
+    def _breach(self, text: str) -> RemoteProtocolError:
+        breach = RemoteProtocolError(text, code="bad_record")
+        self.landing.breach = self.landing.breach or breach
+        return breach
 
     def close(self) -> None:
         """Close all links; `receive_forever` must have ended."""

@@ -3,7 +3,9 @@
 The destination connects; the source's daemon has one bulk port for all migrations. After the TLS handshake the
 destination says hello: migration, session, stream, direction, and a proof by a key that only the two ends of that
 session's control connection can derive. The source answers with a proof of its own. No buffer is given, and no record
-read, before both proofs were checked. A (session, stream) opens once.
+read, before both proofs were checked. A (session, stream) opens once. What follows on the connection is the transport
+that was selected: `tls` goes on in it, `sealed` leaves it (`net.sealed`). Leaving needs no farewell: the hello is the
+last thing that one side says in TLS, the answer the last of the other, and no ticket comes behind them.
 
 Handshakes run in threads of their own, capped, each with one deadline for everything before the proof. One stranger
 more than the cap pushes out the oldest, which had the longest chance: strangers that stall do not keep out a peer. Who
@@ -26,9 +28,10 @@ import structlog
 import trio
 
 from vmmigrate.errors import IdentityError, TransportError, VmMigrateError
-from vmmigrate.net.bulk import STALL_LIMIT_S, TlsLink
+from vmmigrate.net.bulk import STALL_LIMIT_S, ReceiveLink, SendLink, TlsLink
 from vmmigrate.net.identity import Call, Identity, check_allowed
 from vmmigrate.net.refusals import RefusalLog
+from vmmigrate.net.sealed import OpeningLink, PartKeys, SealingLink
 from vmmigrate.net.secrets import SessionSecrets, proof
 from vmmigrate.net.threads import open_group, run_joined
 from vmmigrate.net.tls import (
@@ -49,6 +52,7 @@ DIRECTION_TO_DESTINATION = 1
 HELLO_DEADLINE_S = 5.0
 MAX_STRANGERS = 64
 OPEN_DEADLINE_S = 15.0
+SEALED, TLS = "sealed", "tls"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,8 @@ class Appointment:
     secrets: SessionSecrets
     peer: Identity
     streams: int
-    links: dict[int, TlsLink] = field(default_factory=dict)
+    transport: str = TLS
+    links: dict[int, SendLink] = field(default_factory=dict)
     taken: set[int] = field(default_factory=set)
     changed: trio.Event = field(default_factory=trio.Event)
 
@@ -143,10 +148,12 @@ class BulkDoor:
         await trio.serve_listeners(self._meet, list(listeners))
 
     @contextlib.contextmanager
-    def expect(self, secrets: SessionSecrets, peer: Identity, streams: int) -> Iterator[Appointment]:
+    def expect(
+        self, secrets: SessionSecrets, peer: Identity, streams: int, transport: str = TLS
+    ) -> Iterator[Appointment]:
         """Await *streams* streams of a session; on leaving, whatever came and was not taken is closed."""
         key = (secrets.context.migration_id, secrets.context.session_number)
-        appointment = self._appointments[key] = Appointment(secrets, peer, streams)
+        appointment = self._appointments[key] = Appointment(secrets, peer, streams, transport)
         try:
             yield appointment
         finally:
@@ -154,7 +161,7 @@ class BulkDoor:
             for link in appointment.links.values():
                 link.close()
 
-    async def collect(self, appointment: Appointment) -> tuple[TlsLink, ...]:
+    async def collect(self, appointment: Appointment) -> tuple[SendLink, ...]:
         """All streams of *appointment*, in order; they are the caller's now.
 
         Raises: TransportError `bulk_timeout`: some did not come in time.
@@ -248,7 +255,12 @@ class BulkDoor:
     def _hand_over(self, appointment: Appointment, hello: StreamHello, tls: ssl.SSLSocket, peer: Identity) -> None:
         if self._appointments.get((hello.migration_id, hello.session_number)) is not appointment:
             raise IdentityError("the migration ended while its bulk stream came", code="bulk_unexpected")
-        appointment.links[hello.stream] = TlsLink(tls, str(peer), self._limits.stall_limit_s)
+        stall_limit_s = self._limits.stall_limit_s
+        if appointment.transport == SEALED:
+            keys = PartKeys(appointment.secrets, hello.stream)
+            appointment.links[hello.stream] = SealingLink(tls, keys, str(peer), stall_limit_s)
+        else:
+            appointment.links[hello.stream] = TlsLink(tls, str(peer), stall_limit_s)
         appointment.changed.set()
         appointment.changed = trio.Event()
 
@@ -260,21 +272,32 @@ async def open_streams(
     source: Identity,
     secrets: SessionSecrets,
     streams: int,
+    transport: str = TLS,
     *,
     deadline_s: float = HELLO_DEADLINE_S,
     stall_limit_s: float = STALL_LIMIT_S,
-) -> tuple[TlsLink, ...]:
+) -> tuple[ReceiveLink, ...]:
     """Open and prove all bulk streams of a session, as the destination; each within *deadline_s*.
 
     Raises: TransportError, IdentityError; then none is left open.
     """
-    links: dict[int, TlsLink] = {}
+    links: dict[int, ReceiveLink] = {}
     limiter = trio.CapacityLimiter(streams)
 
     async def open_one(stream: int) -> None:
         hello = StreamHello(secrets.context.migration_id, secrets.context.session_number, stream)
         links[stream] = await trio.to_thread.run_sync(
-            _open_one, host, port, context, source, secrets, hello, deadline_s, stall_limit_s, limiter=limiter
+            _open_one,
+            host,
+            port,
+            context,
+            source,
+            secrets,
+            hello,
+            transport,
+            deadline_s,
+            stall_limit_s,
+            limiter=limiter,
         )
 
     try:
@@ -295,9 +318,10 @@ def _open_one(
     source: Identity,
     secrets: SessionSecrets,
     hello: StreamHello,
+    transport: str,
     deadline_s: float,
     stall_limit_s: float,
-) -> TlsLink:
+) -> ReceiveLink:
     deadline = time.monotonic() + deadline_s
     tls, identity = connect_blocking(host, port, context, source, deadline_s)
     try:
@@ -309,6 +333,8 @@ def _open_one(
             raise IdentityError(
                 f"{identity} does not prove the session of bulk stream {hello.stream}", code="bulk_unproven"
             )
+        if transport == SEALED:
+            return OpeningLink(tls, PartKeys(secrets, hello.stream), str(identity), stall_limit_s)
         return TlsLink(tls, str(identity), stall_limit_s)
     except BaseException:
         tls.close()

@@ -13,7 +13,7 @@ from vmmigrate.errors import NegotiationError
 from vmmigrate.wire.messages import Offer
 
 PROTOCOL_VERSIONS: tuple[int, ...] = (1,)
-TRANSPORTS: tuple[str, ...] = ("tls",)
+TRANSPORTS: tuple[str, ...] = ("sealed", "tls")
 ENCODINGS: tuple[str, ...] = ("raw", "zero")
 DIGESTS: tuple[str, ...] = ("multilinear-64",)
 MAX_STREAMS = 16
