@@ -76,7 +76,7 @@ class RamLayout:
         UsageError: No region, or regions that overlap or are not in ascending order.
     """
 
-    __slots__ = ("_first_pages", "pages", "regions")
+    __slots__ = ("_ends", "_first_pages", "_firsts", "_starts", "pages", "regions")
 
     def __init__(self, regions: Iterable[Region]) -> None:
         self.regions = tuple(regions)
@@ -91,6 +91,9 @@ class RamLayout:
             page += region.pages
         self._first_pages = tuple(first_pages)
         self.pages = page
+        self._firsts = np.asarray(first_pages, dtype=np.int64)
+        self._starts = np.asarray([region.gpa for region in self.regions], dtype=np.int64)
+        self._ends = np.asarray([region.end_gpa for region in self.regions], dtype=np.int64)
 
     @classmethod
     def for_size(cls, size_bytes: int) -> RamLayout:
@@ -131,21 +134,18 @@ class RamLayout:
 
     def gpas_of(self, pages: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The addresses of many pages at once."""
-        which = np.searchsorted(np.asarray(self._first_pages), pages, side="right") - 1
-        shift = np.asarray([r.gpa // PAGE_SIZE for r in self.regions]) - np.asarray(self._first_pages)
-        gpas: npt.NDArray[np.int64] = (pages + shift[which]) * PAGE_SIZE
+        which = np.searchsorted(self._firsts, pages, side="right") - 1
+        gpas: npt.NDArray[np.int64] = (pages - self._firsts[which]) * PAGE_SIZE + self._starts[which]
         return gpas
 
     def pages_of(self, gpas: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
         """The first page of each of many runs, or None unless every run is aligned and within one region."""
         if (gpas % PAGE_SIZE).any() or (gpas < 0).any() or (counts <= 0).any() or (counts > self.pages).any():
             return None
-        starts = np.asarray([r.gpa for r in self.regions])
-        ends = np.asarray([r.end_gpa for r in self.regions])
-        which = np.searchsorted(starts, gpas, side="right") - 1
-        if (which < 0).any() or (gpas + counts * PAGE_SIZE > ends[which]).any():
+        which = np.searchsorted(self._starts, gpas, side="right") - 1
+        if (which < 0).any() or (gpas + counts * PAGE_SIZE > self._ends[which]).any():
             return None
-        pages: npt.NDArray[np.int64] = (gpas - starts[which]) // PAGE_SIZE + np.asarray(self._first_pages)[which]
+        pages: npt.NDArray[np.int64] = (gpas - self._starts[which]) // PAGE_SIZE + self._firsts[which]
         return pages
 
 

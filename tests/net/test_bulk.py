@@ -18,6 +18,7 @@ from vmmigrate.errors import RemoteProtocolError, TransportError
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
 from vmmigrate.net.bulk import BulkDestination, BulkSource, ReceiveLink, SendLink
 from vmmigrate.net.door import SEALED, TLS
+from vmmigrate.net.sealed import MAX_PART_BYTES
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsFiles, client_context, server_context
 from vmmigrate.ram.digest import condense
@@ -318,9 +319,8 @@ def parts_of(raw: bytes) -> Iterator[bytes]:
             _, _, runs, _, payload_bytes, _ = HEADER.unpack(raw[: HEADER.size])
             sizes += [runs * RUN_DTYPE.itemsize, payload_bytes]
         for size in sizes:
-            if raw[:size]:
-                yield raw[:size]
-            raw = raw[size:]
+            part, raw = raw[:size], raw[size:]
+            yield from (part[at : at + MAX_PART_BYTES] for at in range(0, len(part), MAX_PART_BYTES))
 
 
 class Raw:

@@ -23,6 +23,8 @@ from vmmigrate.ram.records import (
     STRIPE_PAGES,
     RecordHeader,
     RecordKind,
+    _unpack_table,
+    index_of,
     pack_runs,
     pages_in,
     unpack_header,
@@ -70,6 +72,52 @@ def read(table: bytes, header: RecordHeader | None = None, stream: int = 0, stre
 
 def refused(text: str) -> pytest.RaisesExc[RemoteProtocolError]:
     return pytest.raises(RemoteProtocolError, match=re.escape(text), check=lambda exc: exc.code == "bad_record")
+
+
+# --------------------------------------------------------------------------- one run and many
+
+
+@given(
+    gpa=st.integers(0, (1 << 64) - 1)
+    | st.integers(0, 6 * STRIPE_PAGES).map(lambda page: page * PAGE_SIZE)
+    | st.integers(0, 3 * STRIPE_PAGES).map(lambda page: 4 * GIB + page * PAGE_SIZE),
+    pages=st.integers(0, (1 << 32) - 1) | st.integers(0, 300),
+    payload_pages=st.integers(0, MAX_RECORD_PAGES) | st.none(),
+    streams=st.integers(1, 4),
+    stream=st.integers(0, 3),
+)
+def test_a_single_run_is_judged_as_one_among_many(
+    gpa: int, pages: int, payload_pages: int | None, streams: int, stream: int
+) -> None:
+    """It has a way of its own, for speed; what that says must be what the general way says, word by word."""
+    payload = (pages if payload_pages is None else payload_pages) * PAGE_SIZE
+    header = RecordHeader(RecordKind.PAGES, 1, 1, payload, 0)
+    answers: list[object] = []
+    for way in (unpack_runs, _unpack_table):
+        try:
+            answers.append(way(table_of((gpa, pages)), header, LAYOUT, stream, streams).tolist())
+        except RemoteProtocolError as refusal:
+            answers.append((refusal.code, refusal.text))
+
+    assert answers[0] == answers[1]
+
+
+@given(st.integers(0, PAGES - 1), st.integers(1, 256))
+def test_a_single_run_is_written_as_one_among_many(first: int, count: int) -> None:
+    run, other = (first, count), (PAGES - 1, 1)
+
+    assert pack_runs(LAYOUT, as_runs(run)) == pack_runs(LAYOUT, as_runs(run, other))[: RUN_DTYPE.itemsize]
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9)), min_size=1, max_size=5))
+def test_an_index_selects_the_pages_of_its_runs(gaps: list[tuple[int, int]]) -> None:
+    at, runs = 0, []
+    for gap, count in gaps:
+        runs.append((at + gap, count))
+        at += gap + count
+    numbers = np.arange(at + 1)
+
+    assert numbers[index_of(as_runs(*runs))].tolist() == pages_in(as_runs(*runs)).tolist()
 
 
 # --------------------------------------------------------------------------- headers

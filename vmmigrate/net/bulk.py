@@ -41,6 +41,7 @@ from vmmigrate.ram.records import (
     STRIPE_PAGES,
     RecordHeader,
     RecordKind,
+    index_of,
     pack_runs,
     pages_in,
     unpack_header,
@@ -173,11 +174,7 @@ class StreamSender:
 
     def _send_group(self, group: Runs) -> None:
         """One record's worth of pages. A single run is sent straight from guest RAM, scattered ones from a copy."""
-        if len(group) == 1:
-            first, count = group[0].tolist()
-            chunk = self._ram[first : first + count]
-        else:
-            chunk = self._ram[pages_in(group)]
+        chunk = self._ram[index_of(group)]
         kept = nonzero(chunk)
         if kept.all():
             self._send_pages(group, chunk)
@@ -195,7 +192,7 @@ class StreamSender:
     def _send_pages(self, runs: Runs, chunk: Pages) -> None:
         # The guest may write while we read. A page that changes between digest and send is dirty again and is sent
         # again; the entry that counts is the last one.
-        self._table[pages_in(runs)] = self._hash.of(chunk)
+        self._table[index_of(runs)] = self._hash.of(chunk)
         self._send_record(RecordKind.PAGES, runs, chunk.data.cast("B"))
         self.pages_sent += len(chunk)
 
@@ -380,23 +377,19 @@ class StreamReceiver:
         return unpack_runs(raw, header, self._layout, self._stream, self._streams)
 
     def _receive_pages(self, runs: Runs) -> None:
-        if len(runs) == 1:
-            first, count = runs[0].tolist()
-            numbers = np.arange(first, first + count)
+        index = index_of(runs)
+        if isinstance(index, slice):
             # Written from the first byte on: should the rest never come, and the page be zero when it is sent again,
             # it must not be taken for a hole.
-            self._landing.written[numbers] = True
-            self.link.receive_into(self._bytes[first * PAGE_SIZE : (first + count) * PAGE_SIZE])
-            landed = self._ram[first : first + count]
+            self._landing.written[index] = True
+            self.link.receive_into(self._bytes[index.start * PAGE_SIZE : index.stop * PAGE_SIZE])
         else:
-            numbers = pages_in(runs)
-            scratch = self._scratch[: len(numbers)]
+            scratch = self._scratch[: len(index)]
             self.link.receive_into(scratch.data.cast("B"))
-            self._ram[numbers] = scratch
-            landed = self._ram[numbers]
-        self._landing.table[numbers] = self._hash.of(landed)
-        self._landing.written[numbers] = True
-        self._landing.fresh[numbers] = True
+            self._landing.written[index] = True
+            self._ram[index] = scratch
+        self._landing.table[index] = self._hash.of(self._ram[index])
+        self._landing.fresh[index] = True
 
     def _apply_zeros(self, runs: Runs) -> None:
         """Zero what was written before; what never was is a hole and reads as zero: it stays one."""

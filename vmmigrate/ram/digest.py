@@ -45,10 +45,14 @@ class PageHash:
     def of(self, pages: npt.NDArray[np.uint64]) -> Digests:
         """The digests of *pages*, shape (n, 512): shape (n,)."""
         digests = np.empty(len(pages), dtype=np.uint64)
+        # One place for all upper halves: fresh memory for each step would push out of the cache what is hashed next.
+        halves = np.empty((min(len(pages), _PAGES_PER_STEP), WORDS_PER_PAGE), dtype=np.uint64)
         for start in range(0, len(pages), _PAGES_PER_STEP):
             step = pages[start : start + _PAGES_PER_STEP]
-            low = np.einsum("ij,j->i", step, self._low)
-            digests[start : start + len(step)] = low + np.einsum("ij,j->i", step >> _HALF, self._high)
+            upper = np.right_shift(step, _HALF, out=halves[: len(step)])
+            of_step = digests[start : start + len(step)]
+            np.einsum("ij,j->i", step, self._low, out=of_step)
+            of_step += np.einsum("ij,j->i", upper, self._high)
         return digests
 
 

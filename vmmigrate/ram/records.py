@@ -21,6 +21,7 @@ from vmmigrate.errors import RemoteProtocolError
 from vmmigrate.memory import PAGE_SIZE, RamLayout, Runs
 
 HEADER = struct.Struct("!BBHIIQ")
+_RUN = struct.Struct("!QI")
 RUN_DTYPE = np.dtype([("gpa", ">u8"), ("pages", ">u4")])
 
 STRIPE_PAGES = 512  # 2 MiB: one huge page, and long enough that a stream works on ranges
@@ -80,6 +81,9 @@ def unpack_header(raw: bytes | bytearray | memoryview, expected_number: int) -> 
 
 def pack_runs(layout: RamLayout, runs: Runs) -> bytes:
     """The table of *runs* as bytes."""
+    if len(runs) == 1:
+        first, count = runs[0].tolist()
+        return _RUN.pack(layout.gpa_of(first), count)
     table = np.empty(len(runs), dtype=RUN_DTYPE)
     table["gpa"] = layout.gpas_of(runs[:, 0])
     table["pages"] = runs[:, 1]
@@ -95,6 +99,13 @@ def unpack_runs(
         RemoteProtocolError: `bad_record`: a run outside the regions or outside the stream's stripes, runs that
             overlap or descend, or a payload length that is not that of the runs.
     """
+    single = len(raw) == _RUN.size
+    return (_unpack_run if single else _unpack_table)(raw, header, layout, stream, streams)
+
+
+def _unpack_table(
+    raw: bytes | bytearray | memoryview, header: RecordHeader, layout: RamLayout, stream: int, streams: int
+) -> Runs:
     table = np.frombuffer(raw, dtype=RUN_DTYPE)
     counts = table["pages"].astype(np.int64)
     too_high = bool((table["gpa"] >= np.uint64(1 << 62)).any())
@@ -112,8 +123,32 @@ def unpack_runs(
     return np.stack([first, counts], axis=1)
 
 
+def _unpack_run(
+    raw: bytes | bytearray | memoryview, header: RecordHeader, layout: RamLayout, stream: int, streams: int
+) -> Runs:
+    """As `unpack_runs` for the single run that most records have: there the general way costs as much as a digest."""
+    gpa, count = _RUN.unpack(raw)
+    run = layout.locate(gpa, count)
+    if run is None:
+        raise RemoteProtocolError("bulk record: a page run outside guest RAM", code="bad_record")
+    stripe = run.first_page // STRIPE_PAGES
+    if stripe != (run.first_page + count - 1) // STRIPE_PAGES or stripe % streams != stream:
+        raise RemoteProtocolError(f"bulk record: a page run that is not of stream {stream}", code="bad_record")
+    if header.kind is RecordKind.PAGES and count * PAGE_SIZE != header.payload_bytes:
+        raise RemoteProtocolError("bulk record: payload and page runs disagree", code="bad_record")
+    return np.array([(run.first_page, count)], dtype=np.int64)
+
+
 def pages_in(runs: Runs) -> npt.NDArray[np.int64]:
     """The page numbers of *runs*, one by one."""
     counts = runs[:, 1]
     starts = np.repeat(runs[:, 0] - (np.cumsum(counts) - counts), counts)
     return starts + np.arange(len(starts))
+
+
+def index_of(runs: Runs) -> slice | npt.NDArray[np.int64]:
+    """What selects the pages of *runs* in an array: a slice where that is possible, and then the result is no copy."""
+    if len(runs) > 1:
+        return pages_in(runs)
+    first, count = runs[0].tolist()
+    return slice(first, first + count)
