@@ -1,4 +1,4 @@
-"""The sealed transport: bulk records under AES-256-GCM on a plain socket, several times faster than TLS from Python.
+"""The sealed transport: bulk records under AES-256-GCM on a plain socket, at less cost than TLS from Python.
 
 Problem: TLS cuts everything into records of 16 KiB, copies each several times, and takes the cipher of the
 interpreter's own OpenSSL. A bulk stream knows better what it sends: few large parts in one direction, to a peer with
