@@ -271,7 +271,7 @@ def test_guest_that_does_not_converge_fails_and_runs_on(fleet: Fleet, tmp_path: 
 def test_migration_that_takes_too_long_times_out(fleet: Fleet, tmp_path: Path) -> None:
     fleet.create("restless-2", write_spec(tmp_path), "--program", json.dumps(RESTLESS))
 
-    done = fleet.migrate("restless-2", "--downtime-ms", "1", "--max-rounds", "1000", "--timeout-s", "1")
+    done = fleet.migrate("restless-2", "--downtime-ms", "1", "--max-rounds", "1000", "--timeout-s", "0.05")
 
     assert done.code == Exit.TIMED_OUT
     assert done.document["outcome"] == "timed_out"
