@@ -55,3 +55,22 @@ def test_missing_python_gets_one_line(tmp_path: Path) -> None:
         "vmmigrate: python-that-is-not-there is missing; "
         "'apt-get install python3 python3-venv', then the same command again"
     ]
+
+
+def test_an_environment_grows_from_what_runs_to_what_tests(tmp_path: Path) -> None:
+    """`make demo`, then `make test`: the second installs what the first did not need, once."""
+    bin_directory = tmp_path / "venv" / "bin"
+    bin_directory.mkdir(parents=True)
+    (bin_directory / "pip").touch(mode=0o755)
+    calls = tmp_path / "calls"
+    python = bin_directory / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {calls}\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "VENV": str(tmp_path / "venv")}
+    locks = []
+    for want in ("base", "base", "dev", "dev", "base"):
+        calls.write_text("")
+        subprocess.run([ROOT / "tools/venv", want], env=environment, capture_output=True, check=True)
+        locks.append([word for word in calls.read_text().split() if word.endswith(".lock")])
+
+    assert locks == [["requirements.lock"], [], ["requirements-dev.lock"], [], []]
