@@ -30,6 +30,8 @@ from tests.migration.fleet import (
 from vmmigrate.errors import JournalError, VmMigrateError
 from vmmigrate.memory import MIB
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 30.0
 NO_ROOM_KIB = 2048
 SOON = "verdict_s = 0.5\nresume_window_s = 0.5"

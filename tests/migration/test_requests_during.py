@@ -34,6 +34,8 @@ from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
 from vmmigrate.ownership.requests import DONE, REFUSALS, Request, Standing
 from vmmigrate.ownership.state import Holding, Outgoing
 
+pytestmark = pytest.mark.slow
+
 OBEYS_KEYS: dict[str, Any] = {"power_keys": True}
 
 

@@ -44,6 +44,8 @@ from vmmigrate.net.tls import TlsStream, close_tls, connect_tls, open_listeners,
 from vmmigrate.wire import messages as m
 from vmmigrate.wire import phases
 
+pytestmark = pytest.mark.slow
+
 LOOPBACK = "127.0.0.1"
 # So that a deadline of a second is not out of order.
 LIVELY = "heartbeat_s = 0.1\nsilence_s = 0.9\n"
