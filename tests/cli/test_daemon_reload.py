@@ -44,7 +44,7 @@ def wait_event(host: RunningHost, event: str) -> dict[str, Any]:
         entries = [json.loads(line) for line in lines if line.startswith("{")]
         if found := [entry for entry in entries if entry["event"] == event]:
             return dict(found[-1])
-        time.sleep(0.02)
+        time.sleep(0.02)  # another process writes it: there is nothing to wait for but the file
     raise AssertionError(f"no {event} in {(host.directory / 'log').read_text()}")
 
 

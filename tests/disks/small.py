@@ -40,7 +40,7 @@ class SmallDisk:
         try:
             device = _run("losetup", "--find", "--show", str(image)).strip()
         except (OSError, subprocess.CalledProcessError) as exc:
-            pytest.skip(f"no block device can be made here: {exc}")
+            pytest.skip(f"needs root and loop devices, which a container may withhold: {exc}")
         try:
             yield Path(device)
         finally:
@@ -54,7 +54,7 @@ def small_disk(root: Path, kib: int) -> Iterator[SmallDisk]:
     try:
         _run("mount", "-t", "tmpfs", "-o", f"size={kib}k,mode=0700", "vmmigrate-test", str(root))
     except (OSError, subprocess.CalledProcessError) as exc:
-        pytest.skip(f"no file system can be mounted here: {exc}")
+        pytest.skip(f"needs root and mount(2), which a container may withhold: {exc}")
     try:
         yield SmallDisk(root)
     finally:

@@ -9,19 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.daemon.settings import NEEDED
 from vmmigrate.daemon.config import read_config
 from vmmigrate.engine.limits import ORDER, ROWS, Before, Deadlines, read_deadlines
 from vmmigrate.errors import UsageError
-
-NEEDED = """
-[tls]
-ca = "ca.pem"
-certificate = "host.pem"
-key = "host-key.pem"
-[directories]
-state = "state"
-runtime = "run"
-"""
 
 
 def _read(tmp_path: Path, limits: str) -> Deadlines:

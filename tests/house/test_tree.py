@@ -145,7 +145,7 @@ def test_check_tree_finds(name: str, line: str) -> None:
     assert len(list(check_tree.problems_in(name, f"first\n{line}\n"))) == 1
 
 
-@pytest.mark.parametrize("line", ["https" + "://www.example.org/", "under <root>/work/x", "vmmigrate/work/"])
+@pytest.mark.parametrize("line", ["https" + "://www.example.org/", "under <root>/wo" + "rk/x", "vmmigrate/wo" + "rk/"])
 def test_check_tree_lets_pass(line: str) -> None:
     assert list(check_tree.problems_in("docs/x.md", line)) == []
 

@@ -293,6 +293,28 @@ async def wait_outcome(host: Host, migration_id: str) -> dict[str, Any]:
             await trio.sleep(0.02)
 
 
+async def wait_in_doubt(source: Host, migration_id: str) -> None:
+    """Wait until the source has given its guest away, and has no answer."""
+    with trio.fail_after(DEADLINE_S):
+        while (await source.record(migration_id))["outcome"] != "unknown":
+            await trio.sleep(0.02)
+
+
+async def fetch_from(port: int, destination: Host) -> dict[str, Any]:
+    """The record of a destination that was told to fetch a guest from host alpha at *port*, whoever that is."""
+    migration = str(uuid.uuid4())
+    body = {
+        "migration_id": migration,
+        "instance_id": str(uuid.uuid4()),
+        "source_host": "alpha",
+        "source_address": f"127.0.0.1:{port}",
+        "source_url": "https://127.0.0.1:1",
+        "ticket": "0" * 64,
+    }
+    await destination.client.post("/v1/migrations:migrate-in", body)
+    return await wait_outcome(destination, migration)
+
+
 async def migrate(source: Host, destination: Host, instance_id: str, **request: Any) -> dict[str, Any]:
     """Migrate and wait; the source's record."""
     migration_id = await begin(source, destination, instance_id, **request)

@@ -6,25 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemon.settings import NEEDED
 from vmmigrate.daemon.config import read_config
 from vmmigrate.engine.abilities import narrowed, of_this_release
 from vmmigrate.errors import UsageError
 
-NEEDED = """
-[tls]
-ca = "ca.pem"
-certificate = "a.pem"
-key = "a-key.pem"
-[directories]
-state = "state"
-runtime = "run"
-[compat]
-"""
-
 
 def test_versions_that_are_not_named_are_neither_offered_nor_sent(tmp_path: Path) -> None:
     path = tmp_path / "daemon.toml"
-    path.write_text(NEEDED + 'spec_versions = ["v2", "v1"]\npayloads = {uart-16550 = [1], bhyve-hpet = []}')
+    path.write_text(NEEDED + '[compat]\nspec_versions = ["v2", "v1"]\npayloads = {uart-16550 = [1], bhyve-hpet = []}')
     compat = read_config(path).compat
 
     able = narrowed(of_this_release(), compat.spec_versions, compat.payloads)
@@ -37,7 +27,7 @@ def test_versions_that_are_not_named_are_neither_offered_nor_sent(tmp_path: Path
 
 def test_without_the_section_a_host_can_do_all_that_the_release_can(tmp_path: Path) -> None:
     path = tmp_path / "daemon.toml"
-    path.write_text(NEEDED)
+    path.write_text(f"{NEEDED}[compat]\n")
     compat = read_config(path).compat
 
     assert narrowed(of_this_release(), compat.spec_versions, compat.payloads) == of_this_release()
@@ -57,7 +47,7 @@ def test_what_this_release_does_not_know_is_refused_when_the_daemon_starts(
     tmp_path: Path, setting: str, says: str
 ) -> None:
     path = tmp_path / "daemon.toml"
-    path.write_text(NEEDED + setting)
+    path.write_text(f"{NEEDED}[compat]\n{setting}")
 
     with pytest.raises(UsageError) as caught:
         read_config(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from tests.migration.fleet import (
     begin,
     check,
     create,
+    fetch_from,
     files_of,
     open_fleet,
     stress,
@@ -129,20 +129,8 @@ def _preamble_body() -> dict[str, Any]:
 
 async def _fetch_from(root: Path, beta: HostProcess, preamble: bytes) -> Mapping[str, Any]:
     """Beta's record after it was told to fetch a guest from a source that sends this instead of a preamble."""
-    migration = str(uuid.uuid4())
     async with _hostile_source(root, preamble) as port:
-        await beta.client.post(
-            "/v1/migrations:migrate-in",
-            {
-                "migration_id": migration,
-                "instance_id": str(uuid.uuid4()),
-                "source_host": "alpha",
-                "source_address": f"{LOOPBACK}:{port}",
-                "source_url": "https://127.0.0.1:1",
-                "ticket": "0" * 64,
-            },
-        )
-        return await wait_outcome(beta, migration)
+        return await fetch_from(port, beta)
 
 
 @contextlib.asynccontextmanager

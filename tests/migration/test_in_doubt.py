@@ -18,6 +18,7 @@ from tests.migration.fleet import (
     open_fleet,
     stress,
     wait_heartbeats,
+    wait_in_doubt,
     wait_outcome,
     witnesses,
 )
@@ -143,8 +144,7 @@ async def test_a_source_without_an_answer_stays_paused_asks_and_learns_that_the_
 
         with trio.fail_after(30):
             await SlowToOpen.is_opening.wait()
-            while (await alpha.record(migration))["outcome"] != "unknown":
-                await trio.sleep(0.02)
+        await wait_in_doubt(alpha, migration)
 
         shown = await alpha.instance(instance)
         assert (shown["state"], shown["guest"]["run_state"]) == ("in_doubt", "paused")
@@ -219,9 +219,7 @@ async def test_a_guest_is_not_returned_before_its_process_is_gone(tmp_path: Path
         beta = await fleet.start("beta", hypervisor_class=HangsInTheKernel)
         instance = await create(alpha, program=stress(2, 500))
         migration = await begin(alpha, beta, instance)
-        with trio.fail_after(30):
-            while (await alpha.record(migration))["outcome"] != "unknown":
-                await trio.sleep(0.02)
+        await wait_in_doubt(alpha, migration)
 
         assert (await beta.client.get(f"/v1/migrations/{migration}/side"))["verdict"] == "pending"
         assert (await alpha.instance(instance))["guest"]["run_state"] == "paused"
@@ -241,8 +239,7 @@ async def test_a_source_restarted_in_doubt_stays_paused_until_it_has_asked(tmp_p
         migration = await begin(alpha, beta, instance)
         with trio.fail_after(30):
             await SlowToOpen.is_opening.wait()
-            while (await alpha.record(migration))["outcome"] != "unknown":
-                await trio.sleep(0.02)
+        await wait_in_doubt(alpha, migration)
 
         await alpha.stop()
         alpha = await fleet.start("alpha")

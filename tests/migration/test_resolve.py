@@ -23,6 +23,7 @@ from tests.migration.fleet import (
     open_fleet,
     stress,
     wait_heartbeats,
+    wait_in_doubt,
     wait_outcome,
     witnesses,
 )
@@ -47,8 +48,7 @@ async def in_doubt(root: Path, *, paused: bool = False) -> AsyncIterator[tuple[F
         migration = await begin(alpha, beta, instance)
         with trio.fail_after(30):
             await SlowToOpen.is_opening.wait()
-            while (await alpha.record(migration))["outcome"] != "unknown":
-                await trio.sleep(0.02)
+        await wait_in_doubt(alpha, migration)
         await alpha.stop()
         SlowToOpen.may_open.set()
         with trio.fail_after(20):
@@ -111,6 +111,12 @@ async def test_the_source_runs_its_guest_again_and_the_fenced_host_learns_of_it_
         assert (await check(alpha, instance))["consistent"]
         assert (await migrate(alpha, beta, instance))["outcome"] == "moved"
         assert (await beta.instance(instance))["epoch"] == [2, 1]
+        owners = witnesses(fleet, instance)
+        assert owners.hosts == ("alpha", "beta", "alpha", "beta")
+        # What the fenced guest had lived through is lost: its beats are counted again, and nothing else is wrong.
+        (again,) = owners.problems
+        assert again.startswith("host beta epoch 1.2")
+        assert "both counted" in again
 
 
 async def test_a_superseded_guest_is_silenced_and_goes(tmp_path: Path) -> None:

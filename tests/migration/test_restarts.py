@@ -21,6 +21,7 @@ from tests.migration.fleet import (
     spec_v3,
     stress,
     wait_heartbeats,
+    wait_in_doubt,
     wait_outcome,
     witnesses,
 )
@@ -104,9 +105,7 @@ async def test_a_source_that_lost_its_guest_in_doubt_still_learns_the_verdict(tm
         instance = await create(alpha, program=stress(2, 500))
         pid = (await alpha.instance(instance))["guest"]["pid"]
         migration = await begin(alpha, beta, instance)
-        with trio.fail_after(30):
-            while (await alpha.record(migration))["outcome"] != "unknown":
-                await trio.sleep(0.02)
+        await wait_in_doubt(alpha, migration)
         await alpha.stop()
         os.kill(pid, signal.SIGKILL)
 

@@ -9,7 +9,6 @@ and `handoff_window_s` in test_in_doubt, `resume_window_s` in test_resume, `tick
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from tests.migration.fleet import (
     RunningHost,
     begin,
     create,
+    fetch_from,
     files_of,
     migrate,
     open_fleet,
@@ -73,7 +73,7 @@ async def test_a_source_that_beats_and_says_nothing_is_not_awaited(tmp_path: Pat
         beta = await fleet.start("beta", limits=f"{LIVELY}answer_s = 1.0")
         told: list[VmMigrateError] = []
         async with _strange_source(tmp_path, talk, told) as port:
-            record = await _fetch(beta, port)
+            record = await fetch_from(port, beta)
 
         assert record["error"]["code"] == ROWS["answer_s"].destination == ROWS["answer_s"].api
         assert [word.code for word in told] == [ROWS["answer_s"].source]
@@ -86,7 +86,7 @@ async def test_a_source_that_never_shakes_hands_is_not_awaited(tmp_path: Path) -
         beta = await fleet.start("beta", limits="connect_s = 1.0")
         port = await fleet.nursery.start(_take_and_say_nothing)
 
-        record = await _fetch(beta, port)
+        record = await fetch_from(port, beta)
 
         assert record["error"]["code"] == ROWS["connect_s"].destination == ROWS["connect_s"].api
 
@@ -391,23 +391,6 @@ def _selection(offer: m.Offer, channel: Channel) -> m.Select:
         offer_digest=channel.session.digests[phases.Kind.OFFER],
         random=bytes(32),
     )
-
-
-async def _fetch(beta: RunningHost, port: int) -> dict[str, Any]:
-    """Beta's record after it was told to fetch a guest from alpha at *port*."""
-    migration = str(uuid.uuid4())
-    await beta.client.post(
-        "/v1/migrations:migrate-in",
-        {
-            "migration_id": migration,
-            "instance_id": str(uuid.uuid4()),
-            "source_host": "alpha",
-            "source_address": f"{LOOPBACK}:{port}",
-            "source_url": "https://127.0.0.1:1",
-            "ticket": "0" * 64,
-        },
-    )
-    return await wait_outcome(beta, migration)
 
 
 async def _take_and_say_nothing(*, port: int = 0, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:

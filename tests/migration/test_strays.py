@@ -21,6 +21,7 @@ from tests.migration.fleet import (
     spec_v3,
     stress,
     wait_heartbeats,
+    wait_in_doubt,
     wait_outcome,
 )
 from tests.migration.test_in_doubt import SlowToOpen
@@ -169,8 +170,7 @@ async def test_a_restored_journal_decides_nothing_for_a_guest_that_remembers_mor
         migration = await begin(alpha, beta, instance)
         with trio.fail_after(30):
             await SlowToOpen.is_opening.wait()
-            while (await alpha.record(migration))["outcome"] != "unknown":
-                await trio.sleep(0.02)
+        await wait_in_doubt(alpha, migration)
         await alpha.stop()
         journal = tmp_path / "beta" / "state" / "journal.vmmj"
         copy = journal.read_bytes()

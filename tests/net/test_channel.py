@@ -322,7 +322,7 @@ async def test_heartbeats_that_cross_the_last_word_are_no_fault(ends: Ends, cloc
                 await pair.source.send(SAMPLE[Kind.REFUSE])
                 await pair.wire.destination.send_all(raw(m.Heartbeat()))
                 await pair.wire.destination.aclose()
-                await trio.sleep(5)
+                await trio.sleep(5)  # virtual: time to notice the end of the link, were it a fault
                 raise NegotiationError("nothing in common")
 
         with pytest.raises(NegotiationError):

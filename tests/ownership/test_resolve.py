@@ -225,20 +225,15 @@ def test_a_host_that_got_the_guest_from_the_winner_acknowledges_and_runs_on() ->
 
 def test_a_host_that_got_the_guest_from_the_winner_still_tells_whom_it_had_passed_it_on_to() -> None:
     """The fence falls with its acknowledgement: the host after it must have heard of the word by then, or from it."""
-    a, b, c = boot("a"), Host("b"), Host("c")
-    reach_ready(a, b)
-    epoch = release(a, b)
-    b.commit(rules.Acquire("m1", epoch))
-    b.commit(rules.Start("m1"))
-    hand_over(b, c, "m2")
+    a, b, c = chain_in_doubt()
     a.commit(TO_SOURCE)
     hand_over(a, b, "m3")
 
-    b.commit(rules.Supersede(VM, WON, epoch))
+    b.commit(rules.Supersede(VM, WON, N))
 
     assert [(notice.migration, notice.host) for notice in rules.notices(b.state)] == [("m2", "c")]
     assert [host.may_run() for host in (a, b, c)] == [False, True, True]
-    c.commit(rules.Supersede(VM, WON, epoch))
+    c.commit(rules.Supersede(VM, WON, N))
     assert not c.may_run()
 
 

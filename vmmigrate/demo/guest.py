@@ -17,7 +17,7 @@ VOLUME_BYTES: Final = _BLOCK_BYTES * _BLOCKS_PER_EXTENT * _EXTENTS
 # The guest writes about a fifth of what loopback carries, so that every round is shorter than the one before.
 _RATE_PAGES_PER_S: Final = 15_000
 # Little above the engine's fixed costs (20 ms assumed): the guest is paused when next to nothing is left to send.
-DOWNTIME_MS: Final = 30
+DOWNTIME_MS: Final = 22
 # On a busy machine rounds may stay long; the demo is to end then, too.
 MAX_ROUNDS: Final = 12
 

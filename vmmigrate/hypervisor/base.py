@@ -56,8 +56,8 @@ class Capabilities:
     version: str
     dirty_tracking: str  # "kernel" or "software"
     dirty_tracking_reason: str
-    huge_pages: Capability = Capability(False, "not probed")
-    throttle: Capability = Capability(False, "not implemented by this adapter")
+    huge_pages: Capability
+    throttle: Capability
     facts: Mapping[str, str] = field(default_factory=dict)
     opaque_kinds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
