@@ -44,11 +44,12 @@ import trio
 
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Region
 from vmmigrate.net import pki
-from vmmigrate.net.bulk import BulkDestination, BulkSource
 from vmmigrate.net.door import BulkDoor, open_streams
 from vmmigrate.net.identity import Identity, Role
+from vmmigrate.net.receiving import BulkDestination
 from vmmigrate.net.sealed import MAX_PART_BYTES, OpeningLink, PartKeys, SealingLink
 from vmmigrate.net.secrets import SessionContext, SessionSecrets
+from vmmigrate.net.sending import BulkSource
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import (
     ServerCredentials,

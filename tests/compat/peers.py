@@ -17,11 +17,12 @@ import trio
 from tests.migration.fleet import TRUST_DOMAIN, Fleet, RunningHost
 from tools.record_transcript import read
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Region
-from vmmigrate.net.bulk import BulkDestination, BulkSource
 from vmmigrate.net.channel import Channel, open_channel
 from vmmigrate.net.door import BulkDoor, open_streams
 from vmmigrate.net.identity import Call, Identity, Role
+from vmmigrate.net.receiving import BulkDestination
 from vmmigrate.net.secrets import SessionContext, SessionSecrets
+from vmmigrate.net.sending import BulkSource
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import (
     ServerCredentials,

@@ -24,7 +24,7 @@ from tests.migration.fleet import (
 from tests.migration.test_resume import Link
 from vmmigrate.engine import destination
 from vmmigrate.errors import RemoteProtocolError, TransportError
-from vmmigrate.net.bulk import Landing
+from vmmigrate.net.receiving import Landing
 from vmmigrate.ram.digest import PageHash
 
 TLS_ONLY = '\n[bulk]\ntransports = ["tls"]'

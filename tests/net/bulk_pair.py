@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -18,13 +18,17 @@ import numpy.typing as npt
 import trio
 
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Region
-from vmmigrate.net.bulk import BulkDestination, BulkSource, ReceiveLink, RoundSent, SendLink, TlsLink
 from vmmigrate.net.door import SEALED
+from vmmigrate.net.links import ReceiveLink, SendLink, TlsLink
+from vmmigrate.net.receiving import BulkDestination
 from vmmigrate.net.sealed import OpeningLink, PartKeys, SealingLink
 from vmmigrate.net.secrets import SessionContext, SessionSecrets
+from vmmigrate.net.sending import BulkSource, RoundSent
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsContext, connect_blocking, wrap_blocking_server
 from vmmigrate.ram.digest import PageHash
+from vmmigrate.ram.encoding import RAW, ZERO
+from vmmigrate.ram.worth import Worth
 
 WAIT_S = 5
 WORDS = PAGE_SIZE // 8
@@ -143,13 +147,40 @@ class Pair:
         )
 
 
+class Eager(Worth):
+    """A judge to whom everything pays: every way to send a page is then taken."""
+
+    is_dear = True
+
+    def pays(self, way: str) -> bool:
+        return True
+
+
 @asynccontextmanager
-async def open_pair(contexts: Contexts, layout: RamLayout, streams: int) -> AsyncIterator[Pair]:
-    """A pair whose destination receives; on leaving everything is ended."""
+async def open_pair(
+    contexts: Contexts,
+    layout: RamLayout,
+    streams: int,
+    *,
+    encodings: Sequence[str] = (RAW, ZERO),
+    delta_cache_bytes: int = 0,
+    judge: Callable[[], Worth] = Eager,
+) -> AsyncIterator[Pair]:
+    """A pair whose destination receives; on leaving everything is ended. What may be compressed, is."""
     links = [link_pair(contexts) for _ in range(streams)]
     with closing(Ram(layout)) as source_ram, closing(Ram(layout)) as destination_ram:
-        source = BulkSource([link for link, _ in links], layout, source_ram.read_only(), PAGE_HASH)
-        destination = BulkDestination([link for _, link in links], layout, destination_ram.pages, PAGE_HASH)
+        source = BulkSource(
+            [link for link, _ in links],
+            layout,
+            source_ram.read_only(),
+            PAGE_HASH,
+            encodings=encodings,
+            delta_cache_bytes=delta_cache_bytes,
+            judge=judge,
+        )
+        destination = BulkDestination(
+            [link for _, link in links], layout, destination_ram.pages, PAGE_HASH, encodings=encodings
+        )
         try:
             with trio.fail_after(WAIT_S):
                 async with open_group() as nursery:
@@ -167,15 +198,15 @@ def bitmap_of(layout: RamLayout, pages: Sequence[int] | range) -> PageBitmap:
     return PageBitmap.from_flags(flags)
 
 
-def threads_in(module: str) -> list[str]:
-    """Threads that are executing something of *module* right now."""
+def threads_in(*modules: str) -> list[str]:
+    """Threads that are executing something of *modules* right now."""
     frames = sys._current_frames()
-    return [thread.name for thread in threading.enumerate() if _runs_in(frames.get(thread.ident or 0), module)]
+    return [thread.name for thread in threading.enumerate() if _runs_in(frames.get(thread.ident or 0), modules)]
 
 
-def _runs_in(frame: object, module: str) -> bool:
+def _runs_in(frame: object, modules: tuple[str, ...]) -> bool:
     while frame is not None:
-        if frame.f_globals.get("__name__") == module:  # type: ignore[attr-defined]
+        if frame.f_globals.get("__name__") in modules:  # type: ignore[attr-defined]
             return True
         frame = frame.f_back  # type: ignore[attr-defined]
     return False

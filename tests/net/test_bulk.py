@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import trio
+import trio.lowlevel
 import trio.testing
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmmigrate.errors import RemoteProtocolError, TransportError
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
-from vmmigrate.net.bulk import BulkDestination, BulkSource, ReceiveLink, SendLink
 from vmmigrate.net.door import SEALED, TLS
+from vmmigrate.net.links import ReceiveLink, SendLink
+from vmmigrate.net.receiving import BulkDestination
 from vmmigrate.net.sealed import MAX_PART_BYTES
+from vmmigrate.net.sending import BulkSource, RoundSent
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import TlsFiles, client_context, server_context
 from vmmigrate.ram.digest import condense
+from vmmigrate.ram.encoding import DELTA, RAW, WORDS, ZERO, ZSTD
 from vmmigrate.ram.records import HEADER, MAX_RECORD_PAGES, MAX_ZERO_RUNS, RUN_DTYPE, STRIPE_PAGES, RecordKind
+from vmmigrate.ram.worth import Worth
 
 from .bulk_pair import (
     PAGE_HASH,
     WAIT_S,
     Contexts,
+    Eager,
+    Pages,
     Ram,
     bitmap_of,
     content,
@@ -37,7 +48,7 @@ from .bulk_pair import (
     threads_in,
 )
 
-BULK = "vmmigrate.net.bulk"
+BULK = ("vmmigrate.net.sending", "vmmigrate.net.receiving")
 SIZES = [
     pytest.param((1,), id="1 page"),
     pytest.param((STRIPE_PAGES - 1,), id="one page less than a stripe"),
@@ -128,6 +139,177 @@ async def test_ram_and_digests_are_equal_after_any_sequence_of_rounds(
             assert (sent.pages, sent.zero_pages) == (len(numbers), len(numbers[::every]))
 
 
+@st.composite
+def rewrites(draw: st.DrawFn) -> list[tuple[list[tuple[int, int]], int, str]]:
+    """Per round: runs of pages, a seed, and how they are rewritten."""
+    run = st.tuples(st.integers(0, 1299), st.integers(1, 400))
+    how = st.sampled_from(["whole", "a word of each", "compressible", "zeros", "not at all"])
+    one = st.tuples(st.lists(run, max_size=4), st.integers(0, 1 << 32), how)
+    return draw(st.lists(one, min_size=2, max_size=6))
+
+
+@settings(max_examples=25)
+@given(rewrites(), st.integers(1, 3), st.sets(st.sampled_from([ZSTD, DELTA])), st.sampled_from([0, 64, 4096]))
+async def test_ram_and_digests_are_equal_however_pages_are_encoded(
+    contexts: Contexts,
+    plan: list[tuple[list[tuple[int, int]], int, str]],
+    streams: int,
+    encodings: set[str],
+    cache_pages: int,
+) -> None:
+    layout = layout_of(600, 700)
+    options = {"encodings": (RAW, ZERO, *encodings), "delta_cache_bytes": cache_pages * PAGE_SIZE}
+    async with open_pair(contexts, layout, streams, **options) as pair:
+        for number, (runs, seed, how) in enumerate(plan, 1):
+            dirty = PageBitmap(layout.pages)
+            for first, count in runs:
+                dirty.add_run(first, min(count, layout.pages - first))
+            rewrite(pair.source_ram.pages, dirty.page_numbers(), seed, how)
+
+            await pair.run_round(dirty, number)
+
+            assert pair.is_equal()
+
+
+def rewrite(ram: Pages, numbers: npt.NDArray[np.int64], seed: int, how: str) -> None:
+    noise = np.random.default_rng(seed).integers(1, 1 << 63, (len(numbers), ram.shape[1]), dtype=np.uint64)
+    if how == "whole":
+        ram[numbers] = noise
+    elif how == "a word of each":
+        ram[numbers, seed % ram.shape[1]] = noise[:, 0]
+    elif how == "compressible":
+        ram[numbers] = noise[:, :1]
+    elif how == "zeros":
+        ram[numbers] = 0
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+async def test_what_changes_little_is_sent_as_little(contexts: Contexts, streams: int) -> None:
+    """A word of each page, over and over: from the third time on only that travels, on every stream."""
+    layout = layout_of(6 * STRIPE_PAGES)
+    options = {"encodings": (RAW, ZERO, DELTA), "delta_cache_bytes": layout.size_bytes}
+    async with open_pair(contexts, layout, streams, **options) as pair:
+        rewrite(pair.source_ram.pages, np.arange(layout.pages), 1, "whole")
+        sent = []
+        for number in range(1, 5):
+            pair.source_ram.pages[:, number] += np.uint64(number)
+            sent.append((await pair.run_round(PageBitmap.full(layout.pages), number)).bytes_sent)
+
+        assert pair.is_equal()
+        assert min(sent[:2]) > layout.size_bytes
+        assert max(sent[2:]) * 5 < layout.size_bytes
+        assert pair.source.tally.pages[DELTA] == 2 * layout.pages
+        assert pair.source.bytes_sent == sum(sent) == pair.destination.bytes_received
+
+
+async def test_a_new_session_knows_no_copies_and_makes_no_deltas_to_them(contexts: Contexts) -> None:
+    """What of the cut session has landed is told by the destination; what was kept here is gone with the session."""
+    layout = layout_of(64)
+    options = {"encodings": (RAW, ZERO, DELTA), "delta_cache_bytes": layout.size_bytes}
+    async with open_pair(contexts, layout, 1, **options) as pair:
+        rewrite(pair.source_ram.pages, np.arange(64), 1, "whole")
+        for number in (1, 2):
+            await pair.run_round(PageBitmap.full(64), number)
+        table, landing = pair.source.table, pair.destination.landing
+        link, peer = link_pair(contexts)
+        options = {"encodings": (RAW, ZERO, DELTA)}
+        ram = pair.source_ram.read_only()
+        again = BulkSource(
+            [link], layout, ram, PAGE_HASH, table, delta_cache_bytes=layout.size_bytes, judge=Eager, **options
+        )
+        there = BulkDestination([peer], layout, pair.destination_ram.pages, PAGE_HASH, landing, **options)
+        async with open_group() as nursery:
+            nursery.start_soon(there.receive_forever)
+            pair.source_ram.pages[:, 5] += np.uint64(1)
+
+            sent = await again.send_round(PageBitmap.full(64), 3)
+            await there.wait_round(3, sent.records)
+
+            assert again.tally.pages[DELTA] == 0
+            assert pair.is_equal()
+            nursery.cancel_scope.cancel()
+        again.close()
+        there.close()
+
+
+async def test_a_round_that_is_broken_off_tells_what_it_has_not_sent(contexts: Contexts) -> None:
+    """And nothing is lost: what it sent has landed, the rest goes with the next round."""
+    layout = layout_of(16 * STRIPE_PAGES)
+    async with open_pair(contexts, layout, 2) as pair:
+        pair.source_ram.pages[:] = content(layout.pages, 11)
+        results: list[RoundSent] = []
+
+        async def send() -> None:
+            results.append(await pair.source.send_round(PageBitmap.full(layout.pages), 1))
+
+        async with open_group() as nursery:
+            nursery.start_soon(send)
+            while not pair.source.pages_done:
+                await trio.lowlevel.checkpoint()
+            pair.source.break_off()
+        (first,) = results
+        await pair.destination.wait_round(1, first.records)
+
+        assert first.unsent is not None
+        assert first.pages + first.unsent.count() == layout.pages
+        landed = pair.destination.written
+        assert not (landed & first.unsent.flags()).any()
+        second = await pair.run_round(first.unsent, 2)
+        assert second.unsent is None
+        assert pair.is_equal()
+
+
+async def test_the_last_round_is_never_broken_off(contexts: Contexts) -> None:
+    layout = layout_of(8 * STRIPE_PAGES)
+    async with open_pair(contexts, layout, 1) as pair:
+        pair.source_ram.pages[:] = content(layout.pages, 12)
+
+        async def keep_breaking_off(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            task_status.started()
+            while True:
+                pair.source.break_off()
+                await trio.lowlevel.checkpoint()
+
+        async with open_group() as nursery:
+            await nursery.start(keep_breaking_off)
+            sent = await pair.run_round(PageBitmap.full(layout.pages), 1, last=True)
+            nursery.cancel_scope.cancel()
+
+        assert sent.unsent is None
+        assert pair.is_equal()
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+async def test_a_limit_on_the_speed_is_shared_by_the_streams_and_can_be_lifted(
+    contexts: Contexts, streams: int
+) -> None:
+    """The kernel keeps it; how well is not ours to test."""
+    layout = layout_of(4)
+    async with open_pair(contexts, layout, streams) as pair:
+        pair.source.pace(30 << 20)
+        assert [pacing_rate_of(sender.link) for sender in pair.source._senders] == [(30 << 20) // streams] * streams
+
+        pair.source.pace(0)
+        assert [pacing_rate_of(sender.link) for sender in pair.source._senders] == [(1 << 64) - 1] * streams
+
+        await pair.run_round(PageBitmap.full(4), 1)
+        assert pair.is_equal()
+
+
+def pacing_rate_of(link: Any) -> int:
+    (rate,) = struct.unpack("Q", link._sock.getsockopt(socket.SOL_SOCKET, 47, 8))
+    return int(rate)
+
+
+def test_a_link_that_is_gone_waits_for_nothing_and_takes_any_limit(contexts: Contexts) -> None:
+    ours, theirs = link_pair(contexts)
+    theirs.close()
+    ours.close()
+
+    assert ours.unsent_bytes() == 0
+    ours.pace(1000)
+
+
 @settings(max_examples=25)
 @given(st.lists(st.booleans(), min_size=40, max_size=40), st.lists(st.booleans(), min_size=40, max_size=40))
 async def test_any_pages_may_be_zero_where_stripes_and_regions_meet(
@@ -144,6 +326,19 @@ async def test_any_pages_may_be_zero_where_stripes_and_regions_meet(
         await pair.run_round(bitmap_of(layout, (first + np.flatnonzero(offered)).tolist()), 1)
 
         assert pair.is_equal()
+
+
+async def test_zero_pages_go_whole_to_a_destination_that_does_not_know_them_by_name(contexts: Contexts) -> None:
+    layout = layout_of(2 * STRIPE_PAGES)
+    for judge in (Worth, Eager):
+        async with open_pair(contexts, layout, 2, encodings=(RAW,), judge=judge) as pair:
+            pair.source_ram.pages[:] = 0
+            pair.source_ram.pages[7] = 7
+
+            sent = await pair.run_round(PageBitmap.full(layout.pages), 1)
+
+            assert (sent.zero_pages, sent.bytes_sent > layout.size_bytes) == (0, True)
+            assert pair.is_equal()
 
 
 async def test_zero_pages_do_not_travel_and_do_not_fill_the_destination(contexts: Contexts) -> None:
@@ -212,7 +407,7 @@ async def test_counts_of_a_round_add_up(contexts: Contexts) -> None:
         # Stream 0 has stripes 0 and 2 (the zeros), stream 1 has stripe 1. A record holds half a stripe.
         assert first.records == (4, 3)
         assert (first.pages, first.zero_pages) == (3 * STRIPE_PAGES, STRIPE_PAGES)
-        runs = 2 + 2 + 2  # of the zeros, too: they are noted by the half stripe
+        runs = 2 + 2 + 1  # of the zeros, too: they are noted by the stripe
         assert first.bytes_sent == 7 * HEADER.size + runs * RUN_DTYPE.itemsize + 2 * STRIPE_PAGES * PAGE_SIZE
         assert second.records == (6, 4)
         assert second.bytes_sent == PAGE_SIZE + RUN_DTYPE.itemsize + 5 * HEADER.size  # two of them say END
@@ -270,7 +465,7 @@ async def test_the_end_of_all_streams_ends_receiving(contexts: Contexts) -> None
             await pair.run_round(PageBitmap.full(layout.pages), 1, last=True)
             await pair.destination.wait_end()
 
-            assert threads_in(BULK) == []
+            assert threads_in(*BULK) == []
             assert pair.is_equal()
 
 
@@ -332,10 +527,13 @@ class Raw:
         layout: RamLayout,
         streams: int,
         links: list[tuple[SendLink, ReceiveLink]] | None = None,
+        encodings: Sequence[str] = (RAW, ZERO),
     ) -> None:
         self.links = links or [link_pair(contexts) for _ in range(streams)]
         self.ram = Ram(layout)
-        self.destination = BulkDestination([link for _, link in self.links], layout, self.ram.pages, PAGE_HASH)
+        self.destination = BulkDestination(
+            [link for _, link in self.links], layout, self.ram.pages, PAGE_HASH, encodings=encodings
+        )
 
     def send(self, *records: bytes, stream: int = 0) -> None:
         for raw in records:
@@ -354,22 +552,22 @@ class Raw:
 HOSTILE_LAYOUT = layout_of(2 * STRIPE_PAGES + 100, 50)
 END_OF_LOW = (2 * STRIPE_PAGES + 100) * PAGE_SIZE
 HIGH = HOSTILE_LAYOUT.regions[1].gpa
-PAGES, ZERO = RecordKind.PAGES, RecordKind.ZERO
+PAGES, ZEROS = RecordKind.PAGES, RecordKind.ZERO
 HOSTILE = {
     "a foreign stripe": record(PAGES, (STRIPE_PAGES * PAGE_SIZE, 1)),
-    "a foreign stripe, zeroed": record(ZERO, (STRIPE_PAGES * PAGE_SIZE, 1)),
+    "a foreign stripe, zeroed": record(ZEROS, (STRIPE_PAGES * PAGE_SIZE, 1)),
     "a foreign stripe beside an own one": record(PAGES, (0, 1), (STRIPE_PAGES * PAGE_SIZE, 1)),
     "a run into the next stripe": record(PAGES, ((STRIPE_PAGES - 1) * PAGE_SIZE, 2)),
-    "a zero run into the next stripe": record(ZERO, ((STRIPE_PAGES - 1) * PAGE_SIZE, 2)),
+    "a zero run into the next stripe": record(ZEROS, ((STRIPE_PAGES - 1) * PAGE_SIZE, 2)),
     "beyond the last region": record(PAGES, (HIGH + 50 * PAGE_SIZE, 1)),
     "in the hole": record(PAGES, (END_OF_LOW, 1)),
     "a run into the hole": record(PAGES, (END_OF_LOW - PAGE_SIZE, 2)),
     "far away": record(PAGES, (1 << 51, 1)),
-    "beyond a signed address": record(ZERO, (1 << 63, 1)),
-    "an address that wraps around": record(ZERO, ((1 << 64) - PAGE_SIZE, 2)),
+    "beyond a signed address": record(ZEROS, (1 << 63, 1)),
+    "an address that wraps around": record(ZEROS, ((1 << 64) - PAGE_SIZE, 2)),
     "not aligned": record(PAGES, (8, 1)),
     "an empty run": record(PAGES, (0, 0), payload_pages=1),
-    "an enormous run": record(ZERO, (0, (1 << 32) - 1)),
+    "an enormous run": record(ZEROS, (0, (1 << 32) - 1)),
     "overlapping runs": record(PAGES, (0, 3), (2 * PAGE_SIZE, 1)),
     "the same page twice": record(PAGES, (0, 1), (0, 1)),
     "descending runs": record(PAGES, (4 * PAGE_SIZE, 1), (0, 1)),
@@ -378,14 +576,16 @@ HOSTILE = {
     "more pages than a record holds": record(PAGES, (0, MAX_RECORD_PAGES + 1)),
     "more payload than a record holds": header(PAGES, 1, (1 << 32) - 1),
     "more runs than a record holds": header(PAGES, MAX_RECORD_PAGES + 1, PAGE_SIZE),
-    "more zero runs than a record holds": header(ZERO, MAX_ZERO_RUNS + 1),
+    "more zero runs than a record holds": header(ZEROS, MAX_ZERO_RUNS + 1),
     "pages without runs": header(PAGES, 0, PAGE_SIZE),
-    "zeros with payload": header(ZERO, 1, PAGE_SIZE),
+    "zeros with payload": header(ZEROS, 1, PAGE_SIZE),
     "a barrier with payload": header(RecordKind.BARRIER, 0, PAGE_SIZE),
     "an end with runs": header(RecordKind.END, 1),
     "an unknown kind": header(9),
     "kind zero": header(0),
     "reserved bits": header(RecordKind.BARRIER, reserved=1),
+    "compressed pages that were not agreed upon": header(RecordKind.ZSTD, 1, 100),
+    "a delta that was not agreed upon": header(RecordKind.DELTA, 1, 100),
     "out of sequence": header(RecordKind.BARRIER, number=1),
     "the same number twice": barrier(1) + header(RecordKind.END, number=0),
 }
@@ -397,7 +597,7 @@ async def refusal_of(contexts: Contexts, records: list[bytes], streams: int = 2)
         raw.send(*records)
         with pytest.raises(RemoteProtocolError) as caught, trio.fail_after(WAIT_S):
             await raw.destination.receive_forever()
-        assert threads_in(BULK) == []
+        assert threads_in(*BULK) == []
         assert raw.ram.populated() == set()
         assert not raw.destination.written.any()
     return caught.value
@@ -408,6 +608,50 @@ async def test_a_hostile_record_is_refused_and_nothing_is_written(contexts: Cont
     error = await refusal_of(contexts, [HOSTILE[wrong]])
 
     assert error.code == "bad_record"
+
+
+def packed(kind: RecordKind, frame: bytes, *parts: bytes, pages: int = 2) -> list[bytes]:
+    """The parts of a compressed record of *pages* pages at address zero."""
+    return [header(kind, 1, len(frame)), np.array([(0, pages)], dtype=RUN_DTYPE).tobytes(), *parts, frame]
+
+
+FRAME = zstandard.ZstdCompressor().compress(b"\x01" * 2 * PAGE_SIZE)
+BASES = bytes(16)  # of two pages that were never written
+PACKED_WRONGLY = {
+    "pages that do not decompress": packed(RecordKind.ZSTD, b"not a frame"),
+    "more pages than their runs": packed(RecordKind.ZSTD, FRAME, pages=1),
+    "fewer pages than their runs": packed(RecordKind.ZSTD, FRAME, pages=3),
+    "a delta that does not decompress": packed(RecordKind.DELTA, b"not a frame", BASES),
+    "a delta of more pages": packed(RecordKind.DELTA, FRAME, bytes(8), pages=1),
+    "a delta to other pages": packed(RecordKind.DELTA, FRAME, bytes(8) + b"\0\0\0\0\0\0\0\1"),
+}
+
+
+@pytest.mark.parametrize("wrong", PACKED_WRONGLY)
+async def test_pages_that_are_packed_wrongly_are_a_breach_and_do_not_land(contexts: Contexts, wrong: str) -> None:
+    with Raw(contexts, HOSTILE_LAYOUT, 2, encodings=WORDS) as raw:
+        raw.links[0][0].send(*PACKED_WRONGLY[wrong])
+
+        with pytest.raises(RemoteProtocolError) as caught, trio.fail_after(WAIT_S):
+            await raw.destination.receive_forever()
+
+        assert caught.value.code == "bad_record"
+        assert raw.destination.landing.breach is caught.value
+        assert raw.ram.populated() == set()
+
+
+async def test_a_delta_to_the_right_pages_lands(contexts: Contexts) -> None:
+    """What the ones above are one step away from."""
+    with Raw(contexts, HOSTILE_LAYOUT, 1, encodings=WORDS) as raw, trio.fail_after(WAIT_S):
+        async with open_group() as nursery:
+            nursery.start_soon(raw.destination.receive_forever)
+            raw.links[0][0].send(*packed(RecordKind.DELTA, FRAME, BASES))
+            raw.send(barrier(1, number=1))
+            await raw.destination.wait_round(1, (2,))
+            nursery.cancel_scope.cancel()
+
+        assert (raw.ram.pages[:2] == 0x0101010101010101).all()
+        assert raw.destination.table[:2].tolist() == PAGE_HASH.of(raw.ram.pages[:2]).tolist()
 
 
 @settings(max_examples=30)
@@ -448,6 +692,12 @@ class Witness:
         self.entered.set()
         with self._noted():
             self.link.send(*parts)
+
+    def unsent_bytes(self) -> int:
+        return int(self.link.unsent_bytes())
+
+    def pace(self, bytes_per_s: int) -> None:
+        self.link.pace(bytes_per_s)
 
     def receive_into(self, target: memoryview) -> None:
         if len(target) >= PAGE_SIZE:
@@ -504,10 +754,10 @@ async def test_cancel_in_the_middle_of_a_big_send_ends_at_once_with_its_threads_
                 nursery.start_soon(source.send_round, PageBitmap.full(layout.pages), 1)
                 for _, peer in pairs:
                     await wait_something_sent(peer)
-                assert len(threads_in(BULK)) == 2
+                assert len(threads_in(*BULK)) == 2
                 nursery.cancel_scope.cancel()
 
-        assert threads_in(BULK) == []
+        assert threads_in(*BULK) == []
         source.close()
         for link in links:
             assert_joined_before_closed(link)
@@ -525,7 +775,7 @@ async def test_cancel_in_the_middle_of_a_receive_ends_at_once_with_its_threads_j
                 await trio.to_thread.run_sync(links[0].entered.wait)
                 nursery.cancel_scope.cancel()
 
-        assert threads_in(BULK) == []
+        assert threads_in(*BULK) == []
         assert all(is_open(link) for _, link in pairs)  # still open: only the owner closes
     assert_joined_before_closed(links[0])
 
@@ -537,7 +787,7 @@ async def test_cancel_ends_a_destination_that_waits_for_the_next_round(contexts:
             await trio.testing.wait_all_tasks_blocked(0.01)
             nursery.cancel_scope.cancel()
 
-        assert threads_in(BULK) == []
+        assert threads_in(*BULK) == []
 
 
 async def test_a_cut_link_is_an_error_at_the_source(contexts: Contexts) -> None:
@@ -557,7 +807,7 @@ async def test_a_cut_link_is_an_error_at_the_source(contexts: Contexts) -> None:
         with pytest.raises(TransportError), trio.fail_after(WAIT_S):  # one error, though two streams fail
             await send_and_cut()
 
-        assert threads_in(BULK) == []
+        assert threads_in(*BULK) == []
         source.close()
 
 
@@ -573,7 +823,7 @@ async def test_a_cut_link_is_one_error_at_the_destination(contexts: Contexts, sa
         with pytest.raises(TransportError), trio.fail_after(WAIT_S):
             await raw.destination.receive_forever()
 
-        assert threads_in(BULK) == []
+        assert threads_in(*BULK) == []
 
 
 async def test_one_cut_stream_ends_the_others(contexts: Contexts) -> None:
@@ -583,7 +833,7 @@ async def test_one_cut_stream_ends_the_others(contexts: Contexts) -> None:
         with pytest.raises(TransportError), trio.fail_after(WAIT_S):
             await raw.destination.receive_forever()
 
-        assert threads_in(BULK) == []
+        assert threads_in(*BULK) == []
 
 
 async def test_many_streams_that_fail_at_once_give_one_error_and_not_a_group(contexts: Contexts) -> None:

@@ -17,9 +17,9 @@ import trio
 import trio.testing
 
 from vmmigrate.errors import IdentityError, TransportError, VmMigrateError
-from vmmigrate.net.bulk import ReceiveLink
 from vmmigrate.net.door import HELLO, SEALED, TLS, Appointment, BulkDoor, DoorLimits, StreamHello, open_streams
 from vmmigrate.net.identity import Role
+from vmmigrate.net.links import ReceiveLink
 from vmmigrate.net.secrets import SessionContext, SessionSecrets, proof
 from vmmigrate.net.threads import open_group
 from vmmigrate.net.tls import (

@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from vmmigrate.errors import IdentityError, UsageError, VmMigrateError
 from vmmigrate.net import pki, revocation
-from vmmigrate.net.bulk import TlsLink
 from vmmigrate.net.channel import open_channel
 from vmmigrate.net.door import SEALED, TLS
 from vmmigrate.net.identity import Role
+from vmmigrate.net.links import TlsLink
 from vmmigrate.net.revocation import LivePeers
 from vmmigrate.net.tls import (
     ServerCredentials,

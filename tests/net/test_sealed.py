@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from tools import sealed_vectors
 from vmmigrate.errors import LocalProtocolError, RemoteProtocolError, TransportError, VmMigrateError
 from vmmigrate.memory import PAGE_SIZE
-from vmmigrate.net.bulk import Landing, StreamReceiver, StreamSender
+from vmmigrate.net.receiving import Landing, StreamReceiver
 from vmmigrate.net.sealed import MAX_PART_BYTES, RATCHET_BYTES, TAG_BYTES, OpeningLink, PartKeys, SealingLink
 from vmmigrate.net.secrets import SessionContext, SessionSecrets
+from vmmigrate.net.sending import StreamSender
+from vmmigrate.ram.encoding import RAW, ZERO, Packer
 from vmmigrate.ram.records import HEADER, RUN_DTYPE, STRIPE_PAGES
 
 from .bulk_pair import CONTEXT, PAGE_HASH, WAIT_S, Ram, content, layout_of, session_pair
@@ -142,7 +144,7 @@ class Recording:
         link = Noting(ours, PartKeys(secrets, stream), "destination", WAIT_S)
         with closing(Ram(LAYOUT)) as ram, closing(theirs), closing(link):
             table = np.zeros(LAYOUT.pages, dtype=np.uint64)
-            sender = StreamSender(link, LAYOUT, ram.pages, PAGE_HASH, table)
+            sender = StreamSender(link, LAYOUT, ram.pages, PAGE_HASH, table, Packer((RAW, ZERO)))
             ram.pages[first + 3] = content(1, 1)
             ram.pages[first + 8] = content(1, 2)
             sender.send_round(np.array([(first + 3, 1), (first + 8, 1), (first + 21, 1)]), 1, last=False)

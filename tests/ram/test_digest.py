@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmmigrate.ram import native
 from vmmigrate.ram.digest import WORDS_PER_PAGE, PageHash, RamDigest, condense
-from vmmigrate.ram.encoding import nonzero
 
-HASH = PageHash(b"secret of one migration")
+SECRET = b"secret of one migration"
+HASH = PageHash(SECRET)
 TOP_BIT = np.uint64(1 << 63)
 
 Words = npt.NDArray[np.uint64]
@@ -112,11 +114,90 @@ def test_a_condensed_table_tells_every_entry_and_its_place() -> None:
     assert len(condense(np.empty(0, dtype=np.uint64))) == 32
 
 
-def test_a_page_is_zero_only_when_every_bit_of_it_is() -> None:
-    pages = np.zeros((4, WORDS_PER_PAGE), dtype=np.uint64)
-    pages[1, 0], pages[2, -1], pages[3, 255] = 1, 1, TOP_BIT
+# --------------------------------------------------------------------------- machine code and NumPy
 
-    assert nonzero(pages).tolist() == [False, True, True, True]
+
+@pytest.fixture(params=["native", "numpy"])
+def either(request: pytest.FixtureRequest) -> PageHash:
+    """The hash function in machine code, where a C compiler was there at the installation, and in NumPy."""
+    if request.param == "native" and not native.IS_THERE:
+        pytest.skip("no machine code: there was no C compiler when the package was installed")
+    return PageHash(SECRET, use_native=request.param == "native")
+
+
+@pytest.mark.required
+def test_machine_code_was_built_where_there_is_a_compiler() -> None:
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        pytest.skip("no C compiler here")
+
+    assert native.IS_THERE
+
+
+@given(st.binary(max_size=40), st.integers(0, 1 << 32), st.integers(1, 70))
+def test_machine_code_and_numpy_say_the_same(secret: bytes, seed: int, count: int) -> None:
+    if not native.IS_THERE:
+        pytest.skip("no machine code: there was no C compiler when the package was installed")
+    pages = np.random.default_rng(seed).integers(0, 1 << 64, (count, WORDS_PER_PAGE), dtype=np.uint64)
+    pages[::3] &= np.uint64(0xFFFF_FFFF_0000_0001)  # halves that are all ones or all zeros carry the most
+    pages[1::3] |= np.uint64(0x0000_0000_FFFF_FFFF)
+    pages[5::7] = 0
+    ours, theirs = PageHash(secret), PageHash(secret, use_native=False)
+
+    for found, expected in zip(ours.look(pages), theirs.look(pages), strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+def test_the_extremes_are_added_up_without_a_slip(either: PageHash) -> None:
+    """All ones, in every word or in one half of it: where a carry would be lost."""
+    for word in ((1 << 64) - 1, (1 << 32) - 1, (1 << 64) - (1 << 32), 1, 1 << 63):
+        page = np.full((1, WORDS_PER_PAGE), word, dtype=np.uint64)
+
+        assert either.of(page).tolist() == [model(SECRET, page[0])]
+
+
+@given(st.lists(st.integers(0, 39), max_size=60))
+def test_chosen_pages_have_the_digests_that_they_have_alone(numbers: list[int]) -> None:
+    pages = np.concatenate([page_of(seed) for seed in range(40)])
+    pages[7] = 0
+    chosen = np.array(numbers, dtype=np.int64)
+    for page_hash in (HASH, PageHash(SECRET, use_native=False)):
+        digests, nonzero = page_hash.look(pages, chosen)
+
+        assert digests.tolist() == page_hash.of(pages)[chosen].tolist()
+        assert nonzero.tolist() == [number != 7 for number in numbers]
+
+
+@pytest.mark.parametrize("number", [-1, 4])
+def test_no_page_outside_is_looked_at(either: PageHash, number: int) -> None:
+    with pytest.raises(IndexError):
+        either.look(np.zeros((4, WORDS_PER_PAGE), dtype=np.uint64), np.array([0, number]))
+
+
+def test_pages_that_do_not_lie_in_one_piece_have_the_same_digests(either: PageHash) -> None:
+    pages = np.concatenate([page_of(seed) for seed in range(8)])
+
+    assert either.of(pages[::2]).tolist() == either.of(pages[::2].copy()).tolist()
+
+
+@pytest.mark.parametrize("word", range(WORDS_PER_PAGE))
+def test_every_single_word_makes_a_page_nonzero(either: PageHash, word: int) -> None:
+    pages = np.zeros((3, WORDS_PER_PAGE), dtype=np.uint64)
+    pages[1, word] = 1 << 63
+
+    assert either.look(pages)[1].tolist() == [False, True, False]
+
+
+def test_a_page_with_digest_zero_is_not_taken_for_zeros() -> None:
+    """Rare, but a page of a guest must not vanish for it. With weights of zero every page is such a page."""
+    nothing = np.zeros(WORDS_PER_PAGE, dtype=np.uint64)
+    numpy_hash = PageHash(SECRET, use_native=False)
+    numpy_hash._low[:], numpy_hash._high[:] = 0, 0
+    looks = [numpy_hash.look(PAGE)]
+    if native.IS_THERE:
+        looks.append(native.NativeHash(nothing, nothing).look(PAGE, None))
+
+    for digests, nonzero in looks:
+        assert (digests.tolist(), nonzero.tolist()) == ([0], [True])
 
 
 def ram_digest(ram: Words, *cuts: int) -> bytes:

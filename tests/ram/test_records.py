@@ -37,10 +37,10 @@ LAYOUT = RamLayout([Region(0, LOW_PAGES * PAGE_SIZE), Region(4 * GIB, 2 * STRIPE
 PAGES = LAYOUT.pages
 HEADERS = st.builds(
     RecordHeader,
-    kind=st.just(RecordKind.PAGES),
+    kind=st.sampled_from([RecordKind.PAGES, RecordKind.ZSTD, RecordKind.DELTA]),
     runs=st.integers(1, MAX_PAGES_RUNS),
     round_number=st.integers(0, (1 << 32) - 1),
-    payload_bytes=st.integers(0, MAX_RECORD_PAGES * PAGE_SIZE),
+    payload_bytes=st.integers(1, MAX_RECORD_PAGES * PAGE_SIZE),
     number=st.integers(0, (1 << 64) - 1),
 ) | st.builds(
     RecordHeader,
@@ -133,10 +133,17 @@ def test_a_header_is_read_back_as_it_was_written(header: RecordHeader) -> None:
 
 
 def test_tags_are_never_renumbered_and_zero_is_none() -> None:
-    assert {kind.name: kind.value for kind in RecordKind} == {"PAGES": 1, "ZERO": 2, "BARRIER": 3, "END": 4}
+    assert {kind.name: kind.value for kind in RecordKind} == {
+        "PAGES": 1,
+        "ZERO": 2,
+        "BARRIER": 3,
+        "END": 4,
+        "ZSTD": 5,
+        "DELTA": 6,
+    }
 
 
-@pytest.mark.parametrize("tag", [0, 5, 255])
+@pytest.mark.parametrize("tag", [0, 7, 255])
 def test_an_unknown_record_is_refused(tag: int) -> None:
     with refused(f"unknown bulk record {tag}"):
         unpack_header(HEADER.pack(tag, 0, 0, 0, 0, 0), 0)
@@ -165,6 +172,13 @@ def test_a_record_out_of_sequence_is_refused(number: int) -> None:
         (RecordKind.END, 0, 1, 0),
         (RecordKind.END, 0, 0, 1),
         (RecordKind.END, 128, 0, 0),
+        (RecordKind.ZSTD, 0, 1, 0),
+        (RecordKind.ZSTD, 0, 0, 100),
+        (RecordKind.ZSTD, 0, 1, MAX_RECORD_PAGES * PAGE_SIZE + 1),
+        (RecordKind.ZSTD, 0, MAX_PAGES_RUNS + 1, 100),
+        (RecordKind.DELTA, 0, 1, 0),
+        (RecordKind.DELTA, 0, 0, 100),
+        (RecordKind.DELTA, 0, 1, (1 << 32) - 1),
     ],
 )
 def test_a_length_above_what_the_kind_allows_is_refused_with_the_header(
@@ -288,6 +302,17 @@ def test_a_payload_of_exactly_its_runs_passes() -> None:
     header = RecordHeader(RecordKind.PAGES, 2, 1, 3 * PAGE_SIZE, 0)
 
     assert read(table_of((0, 1), (8 * PAGE_SIZE, 2)), header).tolist() == [[0, 1], [8, 2]]
+
+
+@pytest.mark.parametrize("kind", [RecordKind.ZSTD, RecordKind.DELTA])
+@pytest.mark.parametrize("counts", [(MAX_RECORD_PAGES + 1,), (MAX_RECORD_PAGES, 1), (STRIPE_PAGES,)])
+def test_a_compressed_record_carries_no_more_pages_than_another(kind: RecordKind, counts: tuple[int, ...]) -> None:
+    """How much memory it decompresses to is known, and bounded, before a byte of it is."""
+    starts = itertools.accumulate((0, *counts[:-1]))
+    table = table_of(*((start * PAGE_SIZE, count) for start, count in zip(starts, counts, strict=True)))
+
+    with refused(f"{sum(counts)} pages, at most are {MAX_RECORD_PAGES}"):
+        read(table, RecordHeader(kind, len(counts), 1, 100, 0))
 
 
 @given(st.binary(min_size=12, max_size=60).map(lambda raw: raw[: len(raw) // 12 * 12]), st.integers(1, 3))

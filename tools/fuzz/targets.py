@@ -34,9 +34,9 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.memory import PAGE_SIZE, RamLayout, Region
-from vmmigrate.net.bulk import Landing, StreamReceiver
 from vmmigrate.net.door import HELLO, StreamHello, parse_hello
 from vmmigrate.net.identity import Identity, identity_of_certificate
+from vmmigrate.net.receiving import Landing, StreamReceiver
 from vmmigrate.ownership import rules
 from vmmigrate.ram.digest import PageHash
 from vmmigrate.ram.records import HEADER, RecordHeader, RecordKind, pack_runs, unpack_header, unpack_runs

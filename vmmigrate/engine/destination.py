@@ -40,9 +40,9 @@ from vmmigrate.errors import (
 )
 from vmmigrate.hypervisor.base import Guest, RunState
 from vmmigrate.memory import PAGE_SIZE
-from vmmigrate.net.bulk import BulkDestination, Landing
 from vmmigrate.net.channel import Channel, refusal_of
 from vmmigrate.net.door import open_streams
+from vmmigrate.net.receiving import BulkDestination, Landing
 from vmmigrate.net.secrets import RANDOM_BYTES, SessionContext, SessionSecrets
 from vmmigrate.net.threads import open_group
 from vmmigrate.ownership import rules

@@ -17,7 +17,7 @@ import numpy as np
 from vmmigrate.engine.agreement import Agreed
 from vmmigrate.errors import IdentityError, RemoteProtocolError, UsageError
 from vmmigrate.memory import PageBitmap
-from vmmigrate.net.bulk import Landing
+from vmmigrate.net.receiving import Landing
 from vmmigrate.net.secrets import RANDOM_BYTES, SessionSecrets, proof
 from vmmigrate.wire import messages as m
 

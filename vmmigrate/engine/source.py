@@ -32,8 +32,8 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.memory import PAGE_SIZE, PageBitmap
-from vmmigrate.net.bulk import BulkSource, RoundSent
 from vmmigrate.net.channel import Channel
+from vmmigrate.net.sending import BulkSource, RoundSent
 from vmmigrate.net.threads import open_group
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer

@@ -28,8 +28,8 @@ import structlog
 import trio
 
 from vmmigrate.errors import IdentityError, TransportError, VmMigrateError
-from vmmigrate.net.bulk import STALL_LIMIT_S, ReceiveLink, SendLink, TlsLink
 from vmmigrate.net.identity import Call, Identity, check_allowed
+from vmmigrate.net.links import STALL_LIMIT_S, ReceiveLink, SendLink, TlsLink
 from vmmigrate.net.refusals import RefusalLog
 from vmmigrate.net.sealed import OpeningLink, PartKeys, SealingLink
 from vmmigrate.net.secrets import SessionSecrets, proof

@@ -16,7 +16,7 @@ nonce never repeats: a session has fresh secrets, a stream of it is given its ke
 side only seals and the other only opens, and the number moves on before the cipher is called.
 
 A part that does not open leaves unauthenticated bytes where it was opened into: that is the end of the migration, not
-of the link (`seal_broken`; `Landing.breach` in `net.bulk` keeps it so, whatever else fails at the same time).
+of the link (`seal_broken`; `Landing.breach` in `net.receiving` keeps it so, whatever else fails at the same time).
 
 Sockets block, with time limits of the kernel's: one call moves a whole part, without the interpreter in between.
 
@@ -37,6 +37,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from vmmigrate.errors import LocalProtocolError, RemoteProtocolError, TransportError
+from vmmigrate.net.links import pace, unsent_bytes
 from vmmigrate.net.secrets import SessionSecrets
 from vmmigrate.net.tls import watch_peer
 from vmmigrate.net.tls_errors import map_tls_errors
@@ -157,6 +158,12 @@ class SealingLink(_SealedSocket):
     def _flush(self, end: int) -> None:
         with self._mapped():
             self._sock.sendall(self._buffer[:end])
+
+    def unsent_bytes(self) -> int:
+        return unsent_bytes(self._sock)
+
+    def pace(self, bytes_per_s: int) -> None:
+        pace(self._sock, bytes_per_s)
 
 
 class OpeningLink(_SealedSocket):

@@ -1,8 +1,10 @@
 """Bulk records: what travels on the bulk streams, and which of it is believed.
 
-A record is a header, a table of page runs (gpa, pages), and for PAGES the bytes of those pages, in the order of the
-table. Records are counted per stream; the count is authenticated by the barrier on the control channel. A page always
-travels on the same stream (`stream_of`), so that a later copy never loses to an earlier one.
+A record is a header, a table of page runs (gpa, pages), and what follows it: for PAGES the bytes of those pages, in the
+order of the table; for ZSTD one zstd frame of those bytes; for DELTA the digest of each page as it was sent last (u64),
+then one zstd frame of new XOR old. `payload bytes` counts pages or frame, not the digests. Records are counted per
+stream; the count is authenticated by the barrier on the control channel. A page always travels on the same stream
+(`stream_of`), so that a later copy never loses to an earlier one.
 
 Header, big-endian: kind u8, reserved u8 (zero), runs u16, round u32, payload bytes u32, number u64 (0, 1, 2, ...).
 Run: gpa u64, pages u32.
@@ -37,6 +39,8 @@ class RecordKind(IntEnum):
     ZERO = 2
     BARRIER = 3
     END = 4
+    ZSTD = 5
+    DELTA = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,11 @@ _MAX_RUNS = {
     RecordKind.ZERO: MAX_ZERO_RUNS,
     RecordKind.BARRIER: 0,
     RecordKind.END: 0,
+    RecordKind.ZSTD: MAX_PAGES_RUNS,
+    RecordKind.DELTA: MAX_PAGES_RUNS,
 }
+_WITH_PAYLOAD = frozenset({RecordKind.PAGES, RecordKind.ZSTD, RecordKind.DELTA})
+_WITH_RUNS = _WITH_PAYLOAD | {RecordKind.ZERO}
 
 
 def unpack_header(raw: bytes | bytearray | memoryview, expected_number: int) -> RecordHeader:
@@ -72,9 +80,10 @@ def unpack_header(raw: bytes | bytearray | memoryview, expected_number: int) -> 
         raise RemoteProtocolError(f"unknown bulk record {tag}", code="bad_record") from None
     if number != expected_number:
         raise RemoteProtocolError(f"bulk record {number} came, {expected_number} was due", code="bad_record")
-    limit = MAX_RECORD_PAGES * PAGE_SIZE if kind is RecordKind.PAGES else 0
-    needs_runs = kind in {RecordKind.PAGES, RecordKind.ZERO}
-    if reserved or runs > _MAX_RUNS[kind] or payload_bytes > limit or needs_runs != (runs > 0):
+    limit = MAX_RECORD_PAGES * PAGE_SIZE if kind in _WITH_PAYLOAD else 0
+    has_payload = (kind in _WITH_PAYLOAD) == (payload_bytes > 0)
+    has_runs = (kind in _WITH_RUNS) == (runs > 0)
+    if reserved or runs > _MAX_RUNS[kind] or payload_bytes > limit or not has_payload or not has_runs:
         raise RemoteProtocolError(f"bulk record {kind.name}: {runs} runs, {payload_bytes} bytes", code="bad_record")
     return RecordHeader(kind, runs, round_number, payload_bytes, number)
 
@@ -118,9 +127,16 @@ def _unpack_table(
     stripes = first // STRIPE_PAGES
     if (stripes != last // STRIPE_PAGES).any() or (stripes % streams != stream).any():
         raise RemoteProtocolError(f"bulk record: a page run that is not of stream {stream}", code="bad_record")
-    if header.kind is RecordKind.PAGES and int(counts.sum()) * PAGE_SIZE != header.payload_bytes:
-        raise RemoteProtocolError("bulk record: payload and page runs disagree", code="bad_record")
+    _check_payload(header, int(counts.sum()))
     return np.stack([first, counts], axis=1)
+
+
+def _check_payload(header: RecordHeader, pages: int) -> None:
+    """A compressed record carries no more pages than one that is not."""
+    if header.kind is RecordKind.PAGES and pages * PAGE_SIZE != header.payload_bytes:
+        raise RemoteProtocolError("bulk record: payload and page runs disagree", code="bad_record")
+    if header.kind in _WITH_PAYLOAD and pages > MAX_RECORD_PAGES:
+        raise RemoteProtocolError(f"bulk record: {pages} pages, at most are {MAX_RECORD_PAGES}", code="bad_record")
 
 
 def _unpack_run(
@@ -134,8 +150,7 @@ def _unpack_run(
     stripe = run.first_page // STRIPE_PAGES
     if stripe != (run.first_page + count - 1) // STRIPE_PAGES or stripe % streams != stream:
         raise RemoteProtocolError(f"bulk record: a page run that is not of stream {stream}", code="bad_record")
-    if header.kind is RecordKind.PAGES and count * PAGE_SIZE != header.payload_bytes:
-        raise RemoteProtocolError("bulk record: payload and page runs disagree", code="bad_record")
+    _check_payload(header, count)
     return np.array([(run.first_page, count)], dtype=np.int64)
 
 

@@ -1,0 +1,155 @@
+"""Compressing is judged by what it brings: over simulated links, in simulated time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from vmmigrate.ram.worth import Worth
+
+RECORD_BYTES = 1 << 20
+QUEUE_BYTES = 4 << 20
+WORK_S_PER_BYTE = 0.9 / (1 << 30)
+GBIT_S_PER_BYTE = 8e-9
+
+
+@dataclass
+class Stream:
+    """A sender with a clock of its own, and behind a queue a link.
+
+    Attributes:
+        wire_s_per_byte: What the link takes for a byte; may be changed at any time.
+        packing_s_per_byte, ratio: Of the data that there is to send.
+        sample_bytes: How much is compressed to see what it would bring.
+    """
+
+    wire_s_per_byte: float
+    packing_s_per_byte: float
+    ratio: float
+    sample_bytes: int = 32 << 10
+    worth: Worth = field(default_factory=Worth)
+    now_s: float = 0.0
+    unsent_bytes: float = 0.0
+
+    def run(self, records: int) -> float:
+        """Send so many records; the seconds that it took until they were through, after those before."""
+        begun_s = self.now_s + self.unsent_bytes * self.wire_s_per_byte
+        for _ in range(records):
+            self._send_one()
+        return self.now_s + self.unsent_bytes * self.wire_s_per_byte - begun_s
+
+    def _send_one(self) -> None:
+        if self.worth.pays("zstd"):
+            packed = int(RECORD_BYTES * self.ratio)
+            self._work(RECORD_BYTES * self.packing_s_per_byte)
+            self.worth.note_packed("zstd", RECORD_BYTES, packed, RECORD_BYTES * self.packing_s_per_byte)
+            self._work(packed * WORK_S_PER_BYTE)
+            self._hand_over(packed)
+            return
+        if self.worth.wants_sample():
+            spent_s = self.sample_bytes * self.packing_s_per_byte
+            self._work(spent_s)
+            self.worth.note_packed("zstd", self.sample_bytes, int(self.sample_bytes * self.ratio), spent_s)
+        self._work(RECORD_BYTES * WORK_S_PER_BYTE)
+        self._hand_over(RECORD_BYTES)
+        self.worth.note_work(RECORD_BYTES, RECORD_BYTES * WORK_S_PER_BYTE)
+
+    def _work(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.unsent_bytes = max(self.unsent_bytes - seconds / self.wire_s_per_byte, 0.0)
+
+    def _hand_over(self, wire_bytes: int) -> None:
+        """Wait until the queue has room, as a blocking socket does."""
+        self.unsent_bytes += wire_bytes
+        over = self.unsent_bytes - QUEUE_BYTES
+        if over > 0:
+            self.now_s += over * self.wire_s_per_byte
+            self.unsent_bytes = QUEUE_BYTES
+        if self.worth.note_sent(wire_bytes):
+            self.worth.note_queue(self.now_s, int(self.unsent_bytes))
+
+
+def best_s(stream: Stream, records: int) -> float:
+    """What the better of always and never takes."""
+    size = records * RECORD_BYTES
+    plain = max(WORK_S_PER_BYTE, stream.wire_s_per_byte)
+    packed = max(stream.packing_s_per_byte + stream.ratio * WORK_S_PER_BYTE, stream.ratio * stream.wire_s_per_byte)
+    return size * min(plain, packed)
+
+
+@pytest.mark.parametrize("gigabit_per_s", [0.1, 0.3, 1, 3, 10, 40, 400])
+@pytest.mark.parametrize("ratio", [0.02, 0.33, 0.7, 1.0])
+@pytest.mark.parametrize("packing_s_per_gib", [0.2, 2.0, 5.0])
+def test_it_costs_little_more_than_the_better_of_always_and_never(
+    gigabit_per_s: float, ratio: float, packing_s_per_gib: float
+) -> None:
+    stream = Stream(GBIT_S_PER_BYTE / gigabit_per_s, packing_s_per_gib / (1 << 30), ratio)
+
+    stream.run(100)  # what the first records teach
+    took_s = stream.run(1000)
+
+    assert took_s <= best_s(stream, 1000) * 1.06
+
+
+def test_a_fast_link_is_hardly_slowed_down_by_samples() -> None:
+    stream = Stream(GBIT_S_PER_BYTE / 400, 5.0 / (1 << 30), 1.0)
+
+    took_s = stream.run(1000)
+
+    assert took_s <= 1000 * RECORD_BYTES * WORK_S_PER_BYTE * 1.03
+
+
+def test_a_slow_link_is_found_out_within_a_few_windows() -> None:
+    stream = Stream(GBIT_S_PER_BYTE, 2.0 / (1 << 30), 0.33)
+
+    stream.run(16)
+
+    assert stream.worth.is_dear
+    assert stream.worth.pays("zstd")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 40), (40, 1), (0.1, 40)])
+def test_a_link_that_changes_its_speed_is_found_out(before: float, after: float) -> None:
+    """Also one that became faster, although the queue runs empty all the time and tells only a bound."""
+    stream = Stream(GBIT_S_PER_BYTE / before, 4.0 / (1 << 30), 0.33)
+    stream.run(200)
+
+    stream.wire_s_per_byte = GBIT_S_PER_BYTE / after
+    stream.run(1500)
+    took_s = stream.run(200)
+
+    assert took_s <= best_s(stream, 200) * 1.1
+    assert stream.worth.pays("zstd") is (after == 1)
+
+
+def test_data_that_stops_compressing_is_sent_as_it_is() -> None:
+    stream = Stream(GBIT_S_PER_BYTE, 2.0 / (1 << 30), 0.33)
+    stream.run(50)
+    assert stream.worth.pays("zstd")
+
+    stream.ratio = 1.0
+    stream.run(50)
+
+    assert not stream.worth.pays("zstd")
+
+
+def test_nothing_pays_of_which_nothing_is_known() -> None:
+    worth = Worth()
+
+    assert not worth.pays("zstd")
+    assert not worth.is_dear
+    assert worth.wants_sample()
+
+
+def test_an_idle_time_between_rounds_is_not_taken_for_a_slow_link() -> None:
+    stream = Stream(GBIT_S_PER_BYTE / 40, 5.0 / (1 << 30), 0.33)
+    stream.run(40)
+
+    stream.now_s += 60.0
+    stream.unsent_bytes = 0
+    stream.worth.note_round()
+    stream.run(40)
+
+    assert not stream.worth.is_dear
+    assert not stream.worth.pays("zstd")
