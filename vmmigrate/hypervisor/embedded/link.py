@@ -1,9 +1,9 @@
 """The daemon's connection to one guest process: requests with deadlines over trio sockets.
 
-Several requests may be under way; replies carry ids. Whoever waits for a reply reads for all: it takes the read lock,
-reads one chunk, files the replies it finds and lets the next waiter look. A request that is given up leaves the stream
-whole unless half of it was sent; then the connection is closed and the next request opens a new one, which the guest
-accepts in place of the old.
+Several requests may be under way; replies carry ids. One of those who wait reads for all: one chunk, the replies in it
+are filed, and then all look for theirs; the first that does not find it is the next to read. A request that is given up
+leaves the stream whole unless half of it was sent; then the connection is closed and the next request opens a new one,
+which the guest accepts in place of the old.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class GuestLink:
         self._awaited: set[int] = set()
         self._replies: dict[int, dict[str, Any]] = {}
         self._write_lock = trio.Lock()
-        self._read_lock = trio.Lock()
+        self._is_read = False
+        self._filed = trio.Event()
         self._closed = False
 
     async def open(self) -> tuple[dict[str, Any], list[int]]:
@@ -79,9 +80,7 @@ class GuestLink:
         try:
             await self._send(frame)
             while number not in self._replies:
-                async with self._read_lock:
-                    if number not in self._replies:
-                        await self._read_some()
+                await self._wait_for_some()
             reply = self._replies[number]
         finally:
             self._awaited.discard(number)
@@ -103,6 +102,19 @@ class GuestLink:
             except BaseException:  # perhaps half a frame is out: this stream says nothing sensible any more
                 self._drop()
                 raise
+
+    async def _wait_for_some(self) -> None:
+        """Until a chunk has been read, by us or by another. Nobody queues: the reply may have been filed by then."""
+        if self._is_read:
+            await self._filed.wait()
+            return
+        self._is_read = True
+        try:
+            await self._read_some()
+        finally:
+            self._is_read = False
+            self._filed.set()
+            self._filed = trio.Event()
 
     async def _read_some(self) -> None:
         sock = self._sock
