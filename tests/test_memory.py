@@ -235,6 +235,23 @@ def test_split_runs_cuts_at_every_boundary_and_nowhere_else(
     assert (np.diff(pieces[:, 0]) > 0).all()
 
 
+@given(st.sets(st.integers(0, 99_999), max_size=40), st.integers(1, 70), st.integers(0, 20))
+def test_a_few_pages_of_a_large_guest_are_the_same_runs(starts: set[int], longest: int, spare: int) -> None:
+    """There is a way of its own for them; a part of a word, and runs over several words, are no exception."""
+    pages = 100_000 + longest + spare
+    flags = np.zeros(pages, dtype=np.bool_)
+    for start in starts:
+        flags[start : start + longest] = True
+
+    runs = PageBitmap.from_flags(flags).runs()
+
+    found = np.zeros(pages, dtype=np.bool_)
+    for first, count in runs.tolist():
+        found[first : first + count] = True
+    assert (found == flags).all()
+    assert (runs[1:, 0] > runs[:-1, 0] + runs[:-1, 1]).all(), "ascending and maximal"
+
+
 def test_split_runs_of_nothing_is_nothing() -> None:
     assert len(split_runs(as_runs(), 256)) == 0
 

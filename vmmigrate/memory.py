@@ -24,6 +24,10 @@ LOW_RAM_LIMIT_BYTES = 3 * GIB
 HIGH_RAM_GPA = 4 * GIB
 MAX_GPA = 1 << 52  # x86-64 has at most 52 physical address bits
 
+_SPARSE_WORDS = 16  # a set with pages in fewer than one of so many words of 64 pages is a small one
+_FEW_RUNS = 256
+_OCTETS_OF_A_WORD = np.arange(8, dtype=np.int64)
+
 Runs = npt.NDArray[np.int64]  # shape (n, 2): first page, number of pages; ascending, disjoint
 
 
@@ -184,10 +188,12 @@ class PageBitmap:
     @classmethod
     def from_runs(cls, pages: int, runs: Runs) -> PageBitmap:
         """The union of *runs* (which may overlap); runs must lie within the bitmap."""
-        edges = np.zeros(pages + 1, dtype=np.int32)
-        np.add.at(edges, runs[:, 0], 1)
-        np.add.at(edges, runs[:, 0] + runs[:, 1], -1)
-        return cls.from_flags(np.cumsum(edges[:-1]) > 0)
+        if len(runs) > _FEW_RUNS:
+            return cls.from_flags(flags_of(pages, runs))
+        bitmap = cls(pages)
+        for first, count in runs.tolist():
+            bitmap.add_run(first, count)
+        return bitmap
 
     @classmethod
     def from_flags(cls, flags: npt.NDArray[np.bool_]) -> PageBitmap:
@@ -259,11 +265,21 @@ class PageBitmap:
         return np.flatnonzero(self.flags()).astype(np.int64, copy=False)
 
     def runs(self) -> Runs:
-        """The set as maximal runs, ascending."""
+        """The set as maximal runs, ascending. What a small set costs follows its pages, not the size of the guest."""
+        words = self.bits[: len(self.bits) // 8 * 8].view(np.uint64)
+        set_words = np.flatnonzero(words)
+        if len(set_words) * _SPARSE_WORDS < len(words):
+            return self._sparse_runs(set_words)
         flags = np.unpackbits(self.bits, count=self.pages, bitorder="little").view(np.int8)
         edges = np.diff(flags, prepend=np.int8(0), append=np.int8(0))
         starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
         return np.stack([starts, ends - starts], axis=1).astype(np.int64, copy=False)
+
+    def _sparse_runs(self, set_words: npt.NDArray[np.int64]) -> Runs:
+        tail = np.arange(len(self.bits) // 8 * 8, len(self.bits))
+        octets = np.concatenate([(set_words[:, None] * 8 + _OCTETS_OF_A_WORD).ravel(), tail])
+        flags = np.unpackbits(self.bits[octets], bitorder="little").view(np.bool_)
+        return runs_of_pages((octets[:, None] * 8 + _OCTETS_OF_A_WORD).ravel()[flags])
 
     def __iter__(self) -> Iterator[PageRun]:
         for first, pages in self.runs().tolist():
@@ -276,6 +292,30 @@ class PageBitmap:
     def _check_same_size(self, other: PageBitmap) -> None:
         if self.pages != other.pages:
             raise UsageError(f"bitmaps of {self.pages} and {other.pages} pages do not belong to one guest")
+
+
+def flags_of(pages: int, runs: Runs) -> npt.NDArray[np.bool_]:
+    """*runs* as one boolean per page. Its cost follows the pages in them."""
+    flags = np.zeros(pages, dtype=np.bool_)
+    flags[pages_in(runs)] = True
+    return flags
+
+
+def pages_in(runs: Runs) -> npt.NDArray[np.int64]:
+    """The page numbers of *runs*, one by one."""
+    counts = runs[:, 1]
+    starts = np.repeat(runs[:, 0] - (np.cumsum(counts) - counts), counts)
+    return starts + np.arange(len(starts))
+
+
+def runs_of_pages(pages: npt.NDArray[np.int64]) -> Runs:
+    """Ascending page numbers as maximal runs."""
+    if not len(pages):
+        return np.empty((0, 2), dtype=np.int64)
+    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
+    starts = np.concatenate([[0], breaks])
+    ends = np.concatenate([breaks, [len(pages)]])
+    return np.stack([pages[starts], ends - starts], axis=1)
 
 
 def split_runs(runs: Runs, boundary_pages: int) -> Runs:

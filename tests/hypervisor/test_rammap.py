@@ -48,6 +48,36 @@ def test_a_view_that_somebody_still_holds_does_not_keep_the_ram_of_a_guest_that_
         _ = ram.pages
 
 
+def test_what_was_handed_out_before_does_not_write_the_ram_of_a_guest_that_runs(memory: int) -> None:
+    """Nobody should; whoever does all the same, writes to nothing."""
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
+    held, pages = ram.view, ram.pages
+
+    ram.make_read_only()
+    ram.make_read_only()
+    assert ram.pages.all()
+    ram.drop_retired()
+    ram.drop_retired()
+    held[:4] = b"abcd"
+    pages[3] = 7
+
+    assert os.pread(memory, PAGES * PAGE_SIZE, 0) == b"\xff" * PAGES * PAGE_SIZE
+    assert ram.pages.all()
+    ram.close()
+    assert not is_mapped()
+
+
+def test_a_retired_mapping_goes_with_the_others(memory: int) -> None:
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
+    held = ram.view
+    ram.make_read_only()
+
+    ram.close()
+
+    assert not is_mapped()
+    assert not any(held)
+
+
 def test_ram_is_written_and_read_through_its_views_until_it_is_made_read_only(memory: int) -> None:
     ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
     ram.view[:4] = b"abcd"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vmmigrate.hypervisor import kernel
 from vmmigrate.hypervisor.dirty import probe_kernel_tracking
 from vmmigrate.hypervisor.embedded.guestram import GuestMemory
-from vmmigrate.memory import MIB, PAGE_SIZE, PageBitmap, RamLayout
+from vmmigrate.memory import MIB, PAGE_SIZE, PageBitmap, RamLayout, flags_of
 
 REPOSITORY = Path(__file__).parents[2]
 _UNPRIVILEGED = """
@@ -103,4 +103,4 @@ def test_software_tracking_notes_what_was_written_since_it_was_asked_last() -> N
 def test_runs_and_flags_are_two_spellings_of_one_set(flags: list[bool]) -> None:
     bitmap = PageBitmap.from_flags(np.array(flags))
 
-    assert kernel.flags_of(len(flags), bitmap.runs()).tolist() == flags
+    assert flags_of(len(flags), bitmap.runs()).tolist() == flags

@@ -28,7 +28,7 @@ from vmmigrate.net.threads import open_group
 UNTIL_READY = {
     "validate": ("beta", "build"),
     "ram_pre_pause": ("alpha", "pause_for_handoff"),  # `pausing` is durable; the peer has not been told
-    "device_state": ("alpha", "export_devices"),
+    "ram_post_pause": ("alpha", "export_devices"),  # beside the last round
     "import": ("beta", "import_devices"),
 }
 

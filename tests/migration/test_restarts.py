@@ -174,7 +174,7 @@ async def test_a_guest_that_ends_by_itself_is_lost_at_once(tmp_path: Path) -> No
 
 async def test_only_the_newest_records_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory and on disk, also over a restart: a daemon that lives long and migrates often does not grow."""
-    monkeypatch.setattr("vmmigrate.daemon.migrations.RECORDS_KEPT", 2)
+    monkeypatch.setattr("vmmigrate.daemon.reports.RECORDS_KEPT", 2)
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
         instance = await create(alpha)

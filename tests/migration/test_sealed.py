@@ -23,9 +23,10 @@ from tests.migration.fleet import (
 )
 from tests.migration.test_resume import Link
 from vmmigrate.engine import destination
+from vmmigrate.engine.landing import Arriving
 from vmmigrate.errors import RemoteProtocolError, TransportError
 from vmmigrate.net.receiving import Landing
-from vmmigrate.ram.digest import PageHash
+from vmmigrate.ram.digest import WHOLE, Condenser, PageHash
 
 TLS_ONLY = '\n[bulk]\ntransports = ["tls"]'
 SEALED_ONLY = '\n[bulk]\ntransports = ["sealed"]'
@@ -143,7 +144,7 @@ async def test_a_lost_link_beside_a_forgery_is_no_lost_link() -> None:
     once one is raised; that of the landing counts before all of them, and nobody is asked or connected to."""
     landing = Landing(1)
     landing.breach = RemoteProtocolError("what came is not what the source sealed", code="seal_broken")
-    arriving = destination._Arriving(PageHash(b""), landing)
+    arriving = Arriving(PageHash(b""), landing, Condenser(landing.table, WHOLE))
     nobody = cast(Any, None)
 
     with pytest.raises(RemoteProtocolError) as caught:

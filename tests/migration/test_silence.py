@@ -197,6 +197,7 @@ async def test_a_link_that_swallows_everything_is_called_silent_by_both_sides(tm
             hold = alpha.hypervisor.hold("export_devices")
             migration = await begin(alpha, beta, instance, max_rounds=1, force=True, source_address=link.address)
             await hold.wait_reached()
+            await _wait_phase(beta, migration, "ram_post_pause")  # the destination has heard of it, too
         else:
             migration = await begin(alpha, beta, instance, downtime_ms=1, max_rounds=1000, source_address=link.address)
             await link.wait_bytes(8 << 20)
@@ -417,4 +418,10 @@ async def _wait_over(host: RunningHost, migration: str) -> None:
 async def _wait_state(host: RunningHost, migration: str, outcome: str) -> None:
     with trio.fail_after(PATIENCE_S):
         while (await host.record(migration))["outcome"] != outcome:
+            await trio.sleep(0.01)
+
+
+async def _wait_phase(host: RunningHost, migration: str, phase: str) -> None:
+    with trio.fail_after(PATIENCE_S):
+        while (await host.record(migration))["state"] != phase:
             await trio.sleep(0.01)

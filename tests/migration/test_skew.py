@@ -64,8 +64,9 @@ def from_the_future(everything: Abilities) -> Abilities:
     )
 
 
+EVERY_ENCODING = ["raw", "zero", "zstd", "delta"]
 RELEASES: Mapping[str, Callable[[Abilities], Abilities]] = {
-    "first": only(spec_versions=("v1",), payloads=OLDEST),
+    "first": only(spec_versions=("v1",), payloads=OLDEST, encodings=("raw", "zero"), digests=("multilinear-64",)),
     "second": only(spec_versions=("v1", "v2"), payloads={"uart-16550": (1,), "bhyve-rtc": (2, 1)}, encodings=("raw",)),
     "third": only(),
     "future": from_the_future,
@@ -128,8 +129,8 @@ def assert_refused_alike(ours: Any, theirs: Any, code: str) -> None:
     [
         ("first", "v1", {"uart-16550": 1, "bhyve-rtc": 1, "pci-virtio": 1}, ["raw", "zero"]),
         ("second", "v2", {"uart-16550": 1, "bhyve-rtc": 2, "pci-virtio": 2}, ["raw"]),
-        ("third", "v3", NEWEST, ["raw", "zero"]),
-        ("future", "v3", NEWEST, ["raw", "zero"]),
+        ("third", "v3", NEWEST, EVERY_ENCODING),
+        ("future", "v3", NEWEST, EVERY_ENCODING),
     ],
 )
 async def test_a_guest_goes_to_another_release_and_back_and_nothing_of_it_is_lost(
@@ -175,6 +176,8 @@ async def test_the_record_says_what_was_passed_over_and_why(tmp_path: Path) -> N
             "spec version v3": "the destination does not read it",
             "payload uart-16550 version 2": "the destination does not read it",
             "encoding zero": "the destination does not read it",
+            "encoding zstd": "the destination does not read it",
+            "encoding delta": "the destination does not read it",
         }
         assert to_beta["offered"]["spec_versions"] == ["v1", "v2"]
         assert {"device": "com1", "kind": "uart-16550", "versions": [2, 1], "optional": False} in (
@@ -243,9 +246,9 @@ async def test_a_device_whose_present_state_the_older_version_cannot_say_is_refu
 
 REFUSALS: Mapping[str, tuple[Callable[[Abilities], Abilities], list[tuple[str, list[str], list[str]]]]] = {
     "a protocol of the future": (only(protocols=(9,)), [("protocol", ["1"], ["9"])]),
-    "encodings of the future": (only(encodings=("lz9",)), [("encodings", ["raw", "zero"], ["lz9"])]),
+    "encodings of the future": (only(encodings=("lz9",)), [("encodings", EVERY_ENCODING, ["lz9"])]),
     "a transport of the future": (only(transports=("quantum",)), [("transports", ["sealed", "tls"], ["quantum"])]),
-    "no common digest": (only(digests=("sha9",)), [("digests", ["multilinear-64"], ["sha9"])]),
+    "no common digest": (only(digests=("sha9",)), [("digests", ["multilinear-64-tree", "multilinear-64"], ["sha9"])]),
     "kinds that it does not know": (
         only(payloads={"uart-16550": (), "pci-virtio": (9,)}),
         [

@@ -260,22 +260,21 @@ async def test_a_round_that_is_broken_off_tells_what_it_has_not_sent(contexts: C
 
 
 async def test_the_last_round_is_never_broken_off(contexts: Contexts) -> None:
-    layout = layout_of(8 * STRIPE_PAGES)
-    async with open_pair(contexts, layout, 1) as pair:
+    layout = layout_of(16 * STRIPE_PAGES)
+    async with open_pair(contexts, layout, 2) as pair:
         pair.source_ram.pages[:] = content(layout.pages, 12)
+        results: list[RoundSent] = []
 
-        async def keep_breaking_off(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-            task_status.started()
-            while True:
-                pair.source.break_off()
-                await trio.lowlevel.checkpoint()
+        async def send() -> None:
+            results.append(await pair.run_round(PageBitmap.full(layout.pages), 1, last=True))
 
         async with open_group() as nursery:
-            await nursery.start(keep_breaking_off)
-            sent = await pair.run_round(PageBitmap.full(layout.pages), 1, last=True)
-            nursery.cancel_scope.cancel()
+            nursery.start_soon(send)
+            while not pair.source.pages_done:
+                await trio.lowlevel.checkpoint()
+            pair.source.break_off()
 
-        assert sent.unsent is None
+        assert results[0].unsent is None
         assert pair.is_equal()
 
 

@@ -160,6 +160,7 @@ RIGHTS = {
     Call.MIGRATE: "operator orchestrator",
     Call.MIGRATION_READ: "operator orchestrator",
     Call.MIGRATION_CANCEL: "operator orchestrator",
+    Call.MIGRATION_ADJUST: "operator orchestrator",
     Call.SIDE: "operator orchestrator host",
     Call.SIDE_SETTLE: "orchestrator host",
     Call.SUPERSEDE: "host",

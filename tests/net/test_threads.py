@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from vmmigrate.errors import MigrationCancelled, RemoteProtocolError, TransportError
-from vmmigrate.net.threads import open_group, run_joined
+from vmmigrate.net.threads import open_group, run_all_joined, run_joined
 
 WAIT_S = 5
 
@@ -123,6 +123,75 @@ async def test_a_limiter_of_ones_own_is_used() -> None:
 
     assert borrowed == [1]
     assert limiter.borrowed_tokens == 0
+
+
+# --------------------------------------------------------------------------- several at once
+
+
+async def test_several_works_run_at_once_and_give_their_results_in_order() -> None:
+    first, second = Work(lambda: 1), Work(lambda: 2)
+
+    async def let_go() -> None:
+        for work in (second, first):
+            await trio.to_thread.run_sync(work.begun.wait)
+        second.end()
+        first.end()
+
+    async with open_group() as nursery:
+        nursery.start_soon(let_go)
+        with trio.fail_after(WAIT_S):
+            results = await run_all_joined([first.run, second.run], end=lambda: None)
+
+    assert results == [1, 2]
+
+
+async def test_nothing_to_run_gives_nothing() -> None:
+    assert await run_all_joined([], end=lambda: None) == []
+
+
+async def test_one_work_that_fails_ends_the_others_and_its_error_is_raised() -> None:
+    other = Work()
+
+    def cut() -> int:
+        other.begun.wait(WAIT_S)
+        return fail(TransportError("cut"))
+
+    with pytest.raises(TransportError, match="cut"), trio.fail_after(WAIT_S):
+        await run_all_joined([other.run, cut], end=other.end)
+
+    assert other.has_returned
+
+
+async def test_cancel_ends_all_works_and_waits_until_they_have_returned() -> None:
+    """Also when they fail because they are ended: that does not hide the cancellation."""
+    works = [Work(), Work(lambda: fail(TransportError("shut down")))]
+
+    def end() -> None:
+        for work in works:
+            work.end()
+
+    with trio.fail_after(WAIT_S), trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+
+            async def cancel() -> None:
+                for work in works:
+                    await trio.to_thread.run_sync(work.begun.wait)
+                scope.cancel()
+
+            nursery.start_soon(cancel)
+            await run_all_joined([work.run for work in works], end=end)
+
+    assert scope.cancelled_caught
+    assert all(work.has_returned for work in works)
+
+
+async def test_works_that_are_over_are_not_ended() -> None:
+    work = Work()
+    work.told.set()
+
+    await run_all_joined([work.run], end=work.end)
+
+    assert work.ends == 0
 
 
 # --------------------------------------------------------------------------- groups

@@ -9,11 +9,11 @@ import shutil
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmmigrate.ram import native
-from vmmigrate.ram.digest import WORDS_PER_PAGE, PageHash, RamDigest, condense
+from vmmigrate.ram.digest import BLOCK_PAGES, TREE, WHOLE, WORDS_PER_PAGE, Condenser, PageHash, RamDigest, condense
 
 SECRET = b"secret of one migration"
 HASH = PageHash(SECRET)
@@ -112,6 +112,44 @@ def test_a_condensed_table_tells_every_entry_and_its_place() -> None:
     assert condense(np.array([2, 1, 3], dtype=np.uint64)) != condense(table)
     assert condense(np.concatenate([table, table])[::2]) != condense(table)
     assert len(condense(np.empty(0, dtype=np.uint64))) == 32
+
+
+# --------------------------------------------------------------------------- condensed
+
+
+def tree_of(table: Words) -> bytes:
+    """The rule of the docstring, over the whole table at once."""
+    blocks = [table[start : start + BLOCK_PAGES] for start in range(0, len(table), BLOCK_PAGES)]
+    return hashlib.sha256(b"".join(condense(block) for block in blocks)).digest()
+
+
+@given(
+    st.integers(1, 3 * BLOCK_PAGES),
+    st.lists(st.sets(st.integers(0, 3 * BLOCK_PAGES - 1), max_size=5), max_size=5),
+)
+@settings(max_examples=30)
+def test_what_was_told_of_changes_is_as_good_as_a_look_at_everything(entries: int, rounds: list[set[int]]) -> None:
+    table = np.zeros(entries, dtype=np.uint64)
+    tree, whole = Condenser(table, TREE), Condenser(table, WHOLE)
+    for number, changes in enumerate(rounds, start=1):
+        touched = np.zeros(entries, dtype=np.bool_)
+        touched[[change % entries for change in changes]] = True
+        table[touched] = number
+        tree.refresh(touched)
+        whole.refresh(touched)
+
+    assert tree.digest() == tree_of(table)
+    assert whole.digest() == condense(table)
+
+
+def test_a_change_that_was_not_told_is_not_in_the_digest() -> None:
+    """Whoever forgets to tell has two ends that differ, and a migration that fails: never one that passes."""
+    table = np.zeros(10, dtype=np.uint64)
+    ours, theirs = Condenser(table, TREE), Condenser(np.zeros(10, dtype=np.uint64), TREE)
+
+    table[3] = 7
+
+    assert ours.digest() == theirs.digest() != tree_of(table)
 
 
 # --------------------------------------------------------------------------- machine code and NumPy

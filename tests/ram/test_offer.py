@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmmigrate.memory import PageBitmap, Runs
-from vmmigrate.ram.offer import cut_at, groups, runs_of_pages, runs_per_stream
-from vmmigrate.ram.records import MAX_RECORD_PAGES, STRIPE_PAGES, pages_in
+from vmmigrate.memory import PageBitmap, Runs, pages_in, runs_of_pages
+from vmmigrate.ram.offer import cut_at, groups, runs_per_stream
+from vmmigrate.ram.records import MAX_RECORD_PAGES, STRIPE_PAGES
 
 PAGES = 5 * STRIPE_PAGES + 100
 

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmmigrate.errors import RemoteProtocolError
-from vmmigrate.memory import GIB, PAGE_SIZE, PageBitmap, RamLayout, Region, Runs
-from vmmigrate.ram.offer import runs_of_pages
+from vmmigrate.memory import GIB, PAGE_SIZE, PageBitmap, RamLayout, Region, Runs, pages_in, runs_of_pages
 from vmmigrate.ram.records import (
     HEADER,
     MAX_PAGES_RUNS,
@@ -26,7 +25,6 @@ from vmmigrate.ram.records import (
     _unpack_table,
     index_of,
     pack_runs,
-    pages_in,
     unpack_header,
     unpack_runs,
 )

@@ -60,8 +60,8 @@ def test_our_best_common_word_is_chosen_whatever_the_peers_order(ours: list[str]
 def test_what_both_sides_know_is_chosen() -> None:
     choice = choose(OFFER, Abilities(), wanted_streams=4, needs=[Need("clock0", "rtc", (1, 2))])
 
-    assert (choice.protocol, choice.transport, choice.digest) == (1, "sealed", "multilinear-64")
-    assert choice.encodings == ("raw", "zero")
+    assert (choice.protocol, choice.transport, choice.digest) == (1, "sealed", "multilinear-64-tree")
+    assert choice.encodings == ("raw", "zero", "zstd", "delta")
     assert (choice.streams, choice.payloads) == (4, {"rtc": 2})
 
 
@@ -73,8 +73,8 @@ def test_unknown_words_and_versions_are_skipped() -> None:
         payloads={"rtc": (1, 99), "hologram": (1,)},
         ram={
             "transports": ("quantum", "sealed", "tls"),
-            "encodings": ("lz9", "zero", "raw"),
-            "digests": ("sha9", "multilinear-64"),
+            "encodings": ("delta", "lz9", "zero", "raw", "zstd"),
+            "digests": ("sha9", "multilinear-64", "multilinear-64-tree"),
             "colours": ("red",),
         },
     )
@@ -82,7 +82,7 @@ def test_unknown_words_and_versions_are_skipped() -> None:
     choice = choose(newer, Abilities(), 1, [Need("clock0", "rtc", (1, 2))])
 
     assert choice == choose(replace(OFFER, payloads={"rtc": (1,)}), Abilities(), 1, [Need("clock0", "rtc", (1, 2))])
-    assert choice.encodings == ("raw", "zero"), "in our order"
+    assert choice.encodings == ("raw", "zero", "zstd", "delta"), "in our order"
 
 
 def test_an_encoding_besides_raw_is_optional() -> None:
@@ -103,8 +103,8 @@ def test_all_mismatches_are_reported_at_once() -> None:
     assert caught.value.details["mismatches"] == [
         {"topic": "protocol", "source": ["1"], "destination": ["2"]},
         {"topic": "transports", "source": ["sealed", "tls"], "destination": ["quantum"]},
-        {"topic": "digests", "source": ["multilinear-64"], "destination": []},
-        {"topic": "encodings", "source": ["raw", "zero"], "destination": ["zero"]},
+        {"topic": "digests", "source": ["multilinear-64-tree", "multilinear-64"], "destination": []},
+        {"topic": "encodings", "source": ["raw", "zero", "zstd", "delta"], "destination": ["zero"]},
         {"topic": "payload rtc of device clock0", "source": ["1"], "destination": [], **CLOCK},
         {"topic": "payload uart of device com1", "source": ["3", "4"], "destination": [], **PORT},
         {"topic": "fact cpu_model", "source": ["qemu64"], "destination": ["EPYC"]},

@@ -46,7 +46,11 @@ class CreateInstance(Request):
 
 
 class MigrateOut(Request):
-    """Ask the source for a ticket. The options are those of `engine.limits.MigrationOptions`."""
+    """Ask the source for a ticket. The options are those of `engine.limits.MigrationOptions`.
+
+    Attributes:
+        plan: Only measure and forecast: nothing is to move.
+    """
 
     migration_id: MigrationId | None = None
     destination_host: InstanceId
@@ -56,6 +60,12 @@ class MigrateOut(Request):
     verify: Literal["digest", "full"] = "digest"
     max_rounds: Annotated[int, Field(ge=1, le=1000)] = 30
     force: bool = False
+    on_timeout: Literal["cancel", "force"] = "cancel"
+    auto_converge: bool = False
+    compression: Literal["auto", "off"] = "auto"
+    delta_cache_mib: Annotated[int, Field(ge=0, le=65_536)] = 32
+    bandwidth_mib_s: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    plan: bool = False
 
 
 class MigrateIn(Request):
@@ -71,6 +81,18 @@ class MigrateIn(Request):
     keep: Annotated[list[str], Field(max_length=4096)] = Field(default_factory=list)
     allow_same_generation: bool = False
     allow_volume_change: bool = False
+
+
+class Adjust(Request):
+    """Other limits for a migration that runs; what is not named stays."""
+
+    downtime_ms: Annotated[int, Field(ge=1, le=3_600_000)] | None = None
+    timeout_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    on_timeout: Literal["cancel", "force"] | None = None
+    max_rounds: Annotated[int, Field(ge=1, le=1000)] | None = None
+    force: bool | None = None
+    auto_converge: bool | None = None
+    bandwidth_mib_s: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
 
 
 class Cancel(Request):

@@ -27,7 +27,8 @@ _EPILOGUE: Final = (
 # Where each command is, and its line in the list of commands; its own help is its docstring.
 _COMMANDS: Final = {
     "migrate": ("vmmigrate.cli.commands.migrate:migrate", "Move a running guest from one host to another."),
-    "migration": ("vmmigrate.cli.commands.migration:app", "Look at migrations, and cancel them."),
+    "plan": ("vmmigrate.cli.commands.plan:plan", "Foretell a migration: measure, forecast, and move nothing."),
+    "migration": ("vmmigrate.cli.commands.migration:app", "Look at migrations, adjust and cancel them."),
     "vm": ("vmmigrate.cli.commands.vm:app", "Make, run and look at instances on one host."),
     "daemon": ("vmmigrate.cli.commands.daemon:daemon", "Run the daemon of a host."),
     "journal": ("vmmigrate.cli.commands.journal:app", "Look into a daemon's journal, and check it."),

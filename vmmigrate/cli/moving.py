@@ -24,6 +24,7 @@ OnProgress = Callable[[Mapping[str, Any]], None]
 POLL_S: Final = 0.1
 # How long a source may be away (its daemon restarts) or in doubt before we say that the outcome is unknown.
 PATIENCE_S: Final = 30.0
+HASH_PATIENCE_S: Final = 10.0
 _GIVEN_AWAY: Final = frozenset({"in_doubt", "verdict_given"})
 
 
@@ -119,6 +120,14 @@ class Move:
         if record.get("outcome") not in {None, "moved"} and error:
             await self.refuse(VmMigrateError(error["message"], code=error["code"], details=error["details"]))
 
+    async def _hashed_again(self, record: Record) -> Record:
+        """The guest has moved; the source still hashes its RAM once more. An alarm is worth a short wait."""
+        begun = time.monotonic()
+        while record.get("integrity", {}).get("rehash") == "pending" and time.monotonic() - begun < HASH_PATIENCE_S:
+            await trio.sleep(POLL_S)
+            record = await self._ask_source()
+        return record
+
     async def _ask_destination(self) -> Record:
         try:
             record: Record = await self._destination.get(self._path)
@@ -127,6 +136,7 @@ class Move:
         return record
 
     async def _completed(self, record: Record) -> Record:
+        record = await self._hashed_again(record)
         theirs = await self._ask_destination()
         merged = dict(record)
         merged["digest"] = {**theirs.get("digest", {}), **record["digest"]}

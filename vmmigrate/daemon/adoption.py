@@ -119,7 +119,10 @@ async def _adopt_into(found: Found, host: Host, spawned: Spawned) -> None:
     try:
         guest = await _adopt(host, spawned)
         if guest is not None:
-            found.seen[spawned.instance] = _seen(await guest.status())
+            status = await guest.status()
+            if status.throttle_percent:  # by a migration that died with the last daemon
+                await guest.throttle(0)
+            found.seen[spawned.instance] = _seen(status)
             found.guests[spawned.instance] = guest
     except HypervisorError as exc:
         if guest is not None:

@@ -17,7 +17,16 @@ from starlette.exceptions import HTTPException
 
 import vmmigrate
 from vmmigrate import jsontext
-from vmmigrate.api.models import Cancel, ConsoleInput, CreateInstance, MigrateIn, MigrateOut, Resolve, Superseded
+from vmmigrate.api.models import (
+    Adjust,
+    Cancel,
+    ConsoleInput,
+    CreateInstance,
+    MigrateIn,
+    MigrateOut,
+    Resolve,
+    Superseded,
+)
 from vmmigrate.daemon.host import Host, check_port
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.daemon.resolving import Resolving
@@ -246,11 +255,11 @@ def _add_migrations(app: FastAPI, host: Host, migrations: Migrations) -> None:
 
     @app.get("/v1/migrations", dependencies=[allowed(Call.MIGRATION_READ)])
     async def list_migrations() -> list[dict[str, Any]]:
-        return migrations.list()
+        return migrations.reports.list()
 
     @app.get("/v1/migrations/{migration_id}", dependencies=[allowed(Call.MIGRATION_READ)])
     async def show_migration(migration_id: str) -> dict[str, Any]:
-        return migrations.describe(migration_id)
+        return migrations.reports.describe(migration_id)
 
     @app.post(
         "/v1/migrations/{migration_id}:cancel",
@@ -260,6 +269,15 @@ def _add_migrations(app: FastAPI, host: Host, migrations: Migrations) -> None:
     async def cancel_migration(migration_id: str, request: Request) -> dict[str, Any]:
         wanted = checked(Cancel, read_json(await request.body() or b"{}"))
         return await migrations.cancel(migration_id, wanted.reason)
+
+    @app.post(
+        "/v1/migrations/{migration_id}:adjust",
+        dependencies=[allowed(Call.MIGRATION_ADJUST)],
+        openapi_extra=_takes(Adjust),
+    )
+    async def adjust_migration(migration_id: str, request: Request) -> dict[str, Any]:
+        wanted = checked(Adjust, read_json(await request.body()))
+        return migrations.adjust(migration_id, wanted.model_dump(exclude_none=True))
 
     @app.get("/v1/migrations/{migration_id}/side")
     async def show_side(migration_id: str, asking: Annotated[Identity, allowed(Call.SIDE)]) -> dict[str, Any]:

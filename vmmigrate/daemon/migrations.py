@@ -7,6 +7,7 @@ import gc
 import secrets
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,15 +18,18 @@ import trio
 
 from vmmigrate.api.client import open_client
 from vmmigrate.api.models import MigrateIn, MigrateOut
-from vmmigrate.daemon.config import address as parse_address
 from vmmigrate.daemon.host import Host
+from vmmigrate.daemon.orders import options_of, options_shown, source_address_of
+from vmmigrate.daemon.reports import Reports
 from vmmigrate.engine.abilities import narrowed, of_this_release
 from vmmigrate.engine.destination import migrate_in
+from vmmigrate.engine.frozen import Frozen
 from vmmigrate.engine.incoming import DestinationMigration
 from vmmigrate.engine.limits import MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
 from vmmigrate.engine.outgoing import SettleAnswer, SourceMigration, settle
 from vmmigrate.engine.source import migrate_out
+from vmmigrate.engine.steering import Steering
 from vmmigrate.errors import (
     HandoffInDoubt,
     IdentityError,
@@ -33,7 +37,6 @@ from vmmigrate.errors import (
     MigrationCancelled,
     PeerError,
     RequestError,
-    StorageError,
     TransportError,
     UsageError,
     VmMigrateError,
@@ -49,6 +52,7 @@ from vmmigrate.ownership import rules
 from vmmigrate.ownership.requests import Request
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
 from vmmigrate.ownership.state import OPEN_INCOMING, Holding, Incoming, Outgoing
+from vmmigrate.ram.forecast import PauseHistory
 from vmmigrate.spec import amend
 from vmmigrate.wire import phases
 from vmmigrate.wire.messages import Offer, Resume
@@ -57,15 +61,13 @@ from vmmigrate.wire.negotiate import Abilities
 log = structlog.get_logger(__name__)
 
 TICKET_BYTES = 32
-RECORDS_KEPT = 1000
 
 
 class Migrations:
     """All migrations that this daemon knows of, both ways.
 
     Attributes:
-        records: By migration id, of those that are not over.
-        past: As JSON-ready maps, of the newest `RECORDS_KEPT` of those that are; the oldest comes first.
+        reports: What is known of each, also of those that are over.
         sources: Outgoing migrations whose guest this daemon holds; arriving: incoming ones under way.
         channels: The control channel of each migration that is under way.
         abilities: What this host offers and chooses among.
@@ -86,12 +88,13 @@ class Migrations:
         self.credentials = credentials
         self.ports = ports
         self.api_url = api_url
-        self.records: dict[str, MigrationRecord] = {}
-        self.past: dict[str, dict[str, Any]] = {}
+        self.reports = Reports(host.documents)
         self.sources: dict[str, SourceMigration] = {}
         self.channels: dict[str, Channel] = {}
         self.cancelled: dict[str, VmMigrateError] = {}
         self.arriving: dict[str, DestinationMigration] = {}
+        self._plans: dict[tuple[str, str], dict[str, Any]] = {}
+        self._histories: defaultdict[str, PauseHistory] = defaultdict(PauseHistory)
         self.abilities = abilities or _abilities(host)
         self.deadlines = deadlines = host.config.limits.deadlines
         self._channel_limits = ChannelLimits(
@@ -104,19 +107,6 @@ class Migrations:
         host.on_guest_end = self._guest_ended
 
     # -- what is known ---------------------------------------------------------------------------------------------
-
-    def describe(self, migration_id: str) -> dict[str, Any]:
-        """The record of a migration. Raises: RequestError `unknown_migration`."""
-        record = self.records.get(migration_id)
-        if record is not None:
-            return record.as_dict()
-        if migration_id in self.past:
-            return self.past[migration_id]
-        raise RequestError(f"no migration {migration_id} on this host", code="unknown_migration")
-
-    def list(self) -> list[dict[str, Any]]:
-        shown = {**self.past, **{m: record.as_dict() for m, record in self.records.items()}}
-        return sorted(shown.values(), key=lambda record: float(record["created_at_s"]))
 
     def side(self, migration_id: str) -> dict[str, Any]:
         """What this host's journal says of M: a pure read, never evidence."""
@@ -148,7 +138,7 @@ class Migrations:
         migration_id, ticket = request.migration_id or str(uuid.uuid4()), secrets.token_hex(TICKET_BYTES)
         expires_at_s = int(time.time() + self.deadlines.ticket_s)
         destination = Identity(host.identity.trust_domain, Role.HOST, request.destination_host)
-        migration = self.make_source(migration_id, instance_id, destination, guest, _options(request))
+        migration = self.make_source(migration_id, instance_id, destination, guest, options_of(request))
         issue = rules.IssueTicket(
             r.TicketIssued(migration_id, instance_id, request.destination_host, ticket_hash(ticket), expires_at_s)
         )
@@ -158,7 +148,7 @@ class Migrations:
             if isinstance(record, r.Ended):
                 newer = RequestError("a newer migration took its place", code="superseded")
                 self._close_record(record.migration, newer)
-        self.sources[migration_id], self.records[migration_id] = migration, migration.record
+        self.sources[migration_id], self.reports.records[migration_id] = migration, migration.record
         host.nursery.start_soon(self._expire, migration_id, expires_at_s)
         log.info("migration.awaits_peer", migration=migration_id, instance=instance_id, to=destination.name)
         return {
@@ -187,6 +177,8 @@ class Migrations:
             phases.Role.SOURCE,
             {"source": self.host.identity.uri, "destination": destination.uri},
         )
+        steering = Steering(options)
+        record.options = partial(options_shown, steering)
         return SourceMigration(
             migration_id=migration_id,
             instance_id=instance_id,
@@ -202,7 +194,9 @@ class Migrations:
             record=record,
             ask_destination=partial(self._ask_destination, destination),
             abilities=self.abilities,
-            options=options,
+            steering=steering,
+            history=self._histories[destination.name],
+            planned=self._plans.get((instance_id, destination.name)),
             deadlines=self.deadlines,
         )
 
@@ -222,10 +216,10 @@ class Migrations:
 
     def _close_record(self, migration_id: str, error: VmMigrateError) -> None:
         self.sources.pop(migration_id, None)
-        record = self.records.get(migration_id)
+        record = self.reports.records.get(migration_id)
         if record is not None:
             record.finish(outcome_of(error, None), error)
-            self.host.nursery.start_soon(self.save, record)
+            self.host.nursery.start_soon(self.reports.save, record)
 
     async def serve_source(self, stream: TlsStream, peer: Identity) -> None:
         """One connection on the migration port: a destination that comes for its guest."""
@@ -274,14 +268,14 @@ class Migrations:
     def _why_not_resumable(self, migration_id: str, peer: Identity) -> VmMigrateError:
         """For a destination that was cut off, what ended its migration here: both records then say the same."""
         with contextlib.suppress(RequestError):
-            record = self.describe(migration_id)
+            record = self.reports.describe(migration_id)
             if record["error"] is not None and record["peers"]["destination"] == peer.uri:
                 return RequestError(record["error"]["message"], code=record["error"]["code"])
         return RequestError(f"no migration {migration_id} goes on here", code="not_resumable")
 
     def _guest_ended(self, migration_id: str, error: VmMigrateError) -> None:
         """The guest of an outgoing migration ended by itself, and durably the attempt with it."""
-        record = self.records.get(migration_id)
+        record = self.reports.records.get(migration_id)
         if record is not None and record.awaiting_peer and migration_id not in self.channels:
             self._close_record(migration_id, error)
         self.abort(migration_id, error)
@@ -302,6 +296,7 @@ class Migrations:
         try:
             await migrate_out(channel, offer, migration)
         finally:
+            self._note_plan(migration)
             self.channels.pop(migration.migration_id, None)
             self.cancelled.pop(migration.migration_id, None)
             await self._let_go(migration)
@@ -310,8 +305,16 @@ class Migrations:
         if migration.record.outcome is Outcome.UNKNOWN:
             self.host.nursery.start_soon(self.settle_source, migration)
         else:
-            await self.save(migration.record)
+            await self.reports.save(migration.record)
         sweep()
+
+    def _note_plan(self, migration: SourceMigration) -> None:
+        """A plan is kept until the move is made, or planned anew."""
+        key = (migration.instance_id, migration.destination.name)
+        if migration.record.plan is not None:
+            self._plans[key] = migration.record.plan
+        elif migration.record.outcome is Outcome.MOVED:
+            self._plans.pop(key, None)
 
     def _enter(self, migration_id: str, channel: Channel) -> None:
         """The channel of a migration is open; one that was cancelled on the way here ends at once."""
@@ -324,12 +327,27 @@ class Migrations:
         whoever was the first to notice may have been the engine. A superseded one goes now."""
         known = self.host.journal.state.instances[migration.instance_id]
         instance = self.host.instances.get(migration.instance_id)
+        if migration.frozen is not None and migration.frozen.ram is not None:
+            self.host.nursery.start_soon(self._hash_again, migration, migration.frozen)
         with trio.CancelScope(shield=True):
             if instance is not None and known.holding in {Holding.ELSEWHERE, Holding.LOST}:
                 guest, instance.guest = instance.guest, None
                 if guest is not None:
                     await guest.destroy()
             await self.host.give_way(migration.instance_id)
+
+    async def _hash_again(self, migration: SourceMigration, frozen: Frozen) -> None:
+        """The guest runs elsewhere. Was everything sent as it was last?"""
+        found = await frozen.check()
+        migration.frozen = None
+        record = migration.record
+        record.integrity = found.as_dict()
+        if found.is_sound:
+            log.info("migration.hashed_again", migration=record.migration_id, pages=found.pages_checked)
+        else:
+            record.notes.append(found.alarm())
+            log.error("migration.integrity_alarm", migration=record.migration_id, text=found.alarm())
+        await self.reports.save(record)
 
     async def settle_source(self, migration: SourceMigration) -> None:
         """Ask until there is evidence, or an operator resolves it; the record then tells the outcome."""
@@ -343,7 +361,7 @@ class Migrations:
                 return
             await self._let_go(migration)
             self.sources.pop(migration.migration_id, None)
-            await self.save(migration.record)
+            await self.reports.save(migration.record)
 
     async def _ask_destination(self, destination: Identity, url: str, migration_id: str) -> SettleAnswer:
         """Raises: VmMigrateError: anything but a well formed answer in time; none of it is evidence."""
@@ -367,7 +385,7 @@ class Migrations:
         """
         host = self.host
         host.check_determinate(request.instance_id)
-        address = _source_address(request.source_address)
+        address = source_address_of(request.source_address)
         replacements = amend.parse_replacements(request.replacements)
         source = Identity(host.identity.trust_domain, Role.HOST, request.source_host)
         context = self.credentials.client(source)
@@ -381,7 +399,7 @@ class Migrations:
             {"source": source.uri, "destination": host.identity.uri},
             awaiting_peer=False,
         )
-        self.records[request.migration_id] = record
+        self.reports.records[request.migration_id] = record
         migration = DestinationMigration(
             migration_id=request.migration_id,
             instance_id=request.instance_id,
@@ -423,7 +441,7 @@ class Migrations:
             self.cancelled.pop(migration.migration_id, None)
             await self.host.finish_arrival(migration.migration_id, migration.instance_id)
             migration.over.set()
-            await self.save(migration.record)
+            await self.reports.save(migration.record)
         sweep()
 
     @asynccontextmanager
@@ -494,13 +512,13 @@ class Migrations:
         Raises: RequestError `in_doubt` (409: given away, nobody can call it back), `verdict_given` (taken over),
             `migration_over`.
         """
-        self.describe(migration_id)
-        record = self.records.get(migration_id)
+        self.reports.describe(migration_id)
+        record = self.reports.records.get(migration_id)
         self._check_not_given_away(migration_id, record)
         error = MigrationCancelled(reason)
         state = self.host.journal.state
         if migration_id in state.outgoing and await self.end_awaiting(migration_id, error):
-            return self.describe(migration_id)
+            return self.reports.describe(migration_id)
         if record is None or record.outcome is not None:
             raise RequestError(f"migration {migration_id} is over", code="migration_over")
         incoming = state.incoming.get(migration_id)
@@ -508,7 +526,7 @@ class Migrations:
             # The handoff may be on its way, or be waiting for the journal: whoever writes first has decided.
             await self.host.journal.commit(rules.Refuse(migration_id, error.code))
         self.abort(migration_id, error)
-        return self.describe(migration_id)
+        return self.reports.describe(migration_id)
 
     def _check_not_given_away(self, migration_id: str, record: MigrationRecord | None) -> None:
         """The session tells it earlier than the journal: `released` may be on its way to the disk, and cannot be called
@@ -525,6 +543,28 @@ class Migrations:
         if incoming is not None and incoming.stage in {Incoming.ACQUIRED, Incoming.STARTED}:
             raise RequestError(f"migration {migration_id}: this host has taken the guest over", code="verdict_given")
 
+    # -- adjust ----------------------------------------------------------------------------------------------------
+
+    def adjust(self, migration_id: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Other limits for an outgoing migration, from now on.
+
+        Raises: RequestError `not_the_source`, `migration_over`, `guest_paused` (the pause has begun: too late);
+            UsageError `bad_request`: nothing was asked for.
+        """
+        record = self.reports.describe(migration_id)
+        if not changes:
+            raise UsageError("request: nothing to adjust was named", code="bad_request")
+        if record["role"] != phases.Role.SOURCE.value:
+            raise RequestError(f"migration {migration_id} is adjusted at its source", code="not_the_source")
+        migration = self.sources.get(migration_id)
+        if migration is None or record["outcome"] is not None:
+            raise RequestError(f"migration {migration_id} is over", code="migration_over")
+        if migration.is_pausing:
+            raise RequestError(f"migration {migration_id}: the pause of the guest has begun", code="guest_paused")
+        migration.steering.change(changes)
+        log.info("migration.adjusted", migration=migration_id, **changes)
+        return self.reports.describe(migration_id)
+
     def abort(self, migration_id: str, error: VmMigrateError) -> None:
         """End a migration that is under way; the engine undoes it. One about to open its channel finds the word."""
         self.cancelled[migration_id] = error
@@ -534,23 +574,6 @@ class Migrations:
             self.sources[migration_id].resumption.abort(error)
         if migration_id in self.arriving:
             self.arriving[migration_id].cancelled = error
-
-    async def save(self, record: MigrationRecord) -> None:
-        """Keep the record beyond this daemon. What is lost with it is a report, not a fact: the journal has those."""
-        try:
-            await trio.to_thread.run_sync(self.host.documents.save_record, record.migration_id, record.as_dict())
-            if record.outcome not in {None, Outcome.UNKNOWN}:
-                await self._retire(record)
-        except StorageError as exc:
-            log.error("migration.record_not_saved", migration=record.migration_id, text=exc.text)
-
-    async def _retire(self, record: MigrationRecord) -> None:
-        """Of one that is over the report is enough; and of those only the newest are kept."""
-        self.past[record.migration_id] = record.as_dict()
-        self.records.pop(record.migration_id, None)
-        while len(self.past) > RECORDS_KEPT:
-            oldest = self.past.pop(next(iter(self.past)))
-            await trio.to_thread.run_sync(self.host.documents.remove_record, oldest["migration_id"], oldest["role"])
 
     def _advertised(self) -> str:
         host = self.host.config.listen.advertise or self.host.config.listen.migration[0]
@@ -572,21 +595,3 @@ def _abilities(host: Host) -> Abilities:
     compat, bulk = host.config.compat, host.config.bulk
     everything = of_this_release(host.hypervisor.capabilities)
     return narrowed(everything, compat.spec_versions, compat.payloads, bulk.transports)
-
-
-def _options(request: MigrateOut) -> MigrationOptions:
-    return MigrationOptions(
-        downtime_ms=request.downtime_ms,
-        timeout_s=request.timeout_s,
-        streams=request.streams,
-        verify=request.verify,
-        max_rounds=request.max_rounds,
-        force=request.force,
-    )
-
-
-def _source_address(text: str) -> tuple[str, int]:
-    try:
-        return parse_address(text)
-    except ValueError as exc:
-        raise UsageError(f"source_address: {exc}", code="bad_request") from None

@@ -33,7 +33,7 @@ async def recover(host: Host, migrations: Migrations) -> None:
     """
     _load_documents(host)
     for record in host.documents.load_records():
-        migrations.past[record["migration_id"]] = record
+        migrations.reports.past[record["migration_id"]] = record
     found = await find_guests(host)
     host.strays = dict(found.strays)
     recovery = _Recovery(host, migrations, found.guests)
@@ -157,7 +157,7 @@ class _Recovery:
                 self._write_record(migration, _INCOMING_OUTCOMES[incoming.stage], incoming.code)
 
     def _write_record(self, migration: str, ended: Outcome, code: str | None) -> None:
-        if migration in self._migrations.past or migration in self._migrations.records:
+        if migration in self._migrations.reports.past or migration in self._migrations.reports.records:
             return
         state, own = self._host.journal.state, self._host.identity
         incoming, outgoing = state.incoming.get(migration), state.outgoing.get(migration)
@@ -174,8 +174,8 @@ class _Recovery:
         if ended is Outcome.FAILED:
             ended = outcome_of(error, phases.Phase.FAILED)
         record.finish(ended, None if ended is Outcome.MOVED else error)
-        self._migrations.records[migration] = record
-        self._host.nursery.start_soon(self._migrations.save, record)  # the journal forgets it one day
+        self._migrations.reports.records[migration] = record
+        self._host.nursery.start_soon(self._migrations.reports.save, record)  # the journal forgets it one day
 
     def _is_lost(self, instance: str) -> bool:
         known = self._host.journal.state.instances.get(instance)
@@ -220,7 +220,7 @@ class _Recovery:
         migration = self._migrations.make_source(step.migration, step.instance, destination, guest, MigrationOptions())
         migration.desired = RunState(outgoing.desired or RunState.RUNNING.value)
         migration.record.finish(Outcome.UNKNOWN, HandoffInDoubt("the daemon restarted while in doubt"))
-        self._migrations.records[step.migration] = migration.record
+        self._migrations.reports.records[step.migration] = migration.record
         self._host.nursery.start_soon(self._migrations.settle_source, migration)
 
     async def _finish_start(self, step: RecoveryStep) -> None:

@@ -98,12 +98,12 @@ class Resolving:
             raise
 
     async def _close_record(self, migration_id: str, proof: str) -> None:
-        record = self._migrations.records.get(migration_id)
+        record = self._migrations.reports.records.get(migration_id)
         if record is not None:
             record.notes.append(f"resolved to the source by {proof}")
             error = VmMigrateError("an operator gave the guest back to the source", code="resolved_to_source")
             record.finish(Outcome.FAILED, error)
-            await self._migrations.save(record)
+            await self._migrations.reports.save(record)
 
     # -- the destination wins --------------------------------------------------------------------------------------
 

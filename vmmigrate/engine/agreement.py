@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import trio
@@ -18,9 +18,10 @@ from vmmigrate.errors import HypervisorError, NegotiationError, RemoteProtocolEr
 from vmmigrate.hypervisor.base import PayloadDescription
 from vmmigrate.net.channel import Channel, refusal_of
 from vmmigrate.net.secrets import RANDOM_BYTES, SessionContext, SessionSecrets
+from vmmigrate.ram import encoding
 from vmmigrate.spec import chain
 from vmmigrate.wire import messages as m
-from vmmigrate.wire.negotiate import Choice, Mismatch, Need, choose
+from vmmigrate.wire.negotiate import Abilities, Choice, Mismatch, Need, choose
 from vmmigrate.wire.phases import Kind
 
 
@@ -36,7 +37,7 @@ class Agreed:
 
 async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration) -> Agreed:
     """Choose from the offer, or refuse with every reason at once; nothing is touched."""
-    record, abilities = migration.record, migration.abilities
+    record, abilities = migration.record, _abilities(migration)
     explain.note_offer(record, offer)
     payloads, failures = await _list_payloads(migration)
     needs = needs_of(payloads, abilities)
@@ -44,7 +45,7 @@ async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration
     try:
         _check_url(offer.api_url)
         needs, found, unfit = _match_facts(needs, migration.live.facts, offer.facts)
-        choice, (spec_version, _) = _choose_all(offer, migration, needs, found, failures)
+        choice, (spec_version, _) = _choose_all(offer, migration, abilities, needs, found, failures)
     except (NegotiationError, HypervisorError) as error:
         explain.note_refusal(record, error)
         await channel.send(refusal_of(error))
@@ -80,6 +81,17 @@ async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration
     )
     skipped = frozenset((*choice.skipped, *unfit))
     return Agreed(select, SessionSecrets(context, offer.random, random), payloads, skipped)
+
+
+def _abilities(migration: SourceMigration) -> Abilities:
+    """What this host may do, less the encodings that this migration shall do without."""
+    options, unwanted = migration.options, set[str]()
+    if options.compression == "off":
+        unwanted.add(encoding.ZSTD)
+    if not options.delta_cache_mib:
+        unwanted.add(encoding.DELTA)
+    able = migration.abilities
+    return replace(able, encodings=tuple(word for word in able.encodings if word not in unwanted))
 
 
 def _check_url(url: str) -> None:
@@ -128,6 +140,7 @@ def _match_facts(
 def _choose_all(
     offer: m.Offer,
     migration: SourceMigration,
+    abilities: Abilities,
     needs: Sequence[Need],
     found: Sequence[Mismatch],
     failures: list[NegotiationError | HypervisorError],
@@ -138,7 +151,7 @@ def _choose_all(
     """
     choice, version = None, None
     try:
-        choice = choose(offer, migration.abilities, migration.options.streams, needs, found)
+        choice = choose(offer, abilities, migration.options.streams, needs, found)
     except NegotiationError as error:
         failures.append(error)
     try:

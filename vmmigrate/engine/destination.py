@@ -8,12 +8,10 @@ and each is durable before anybody acts on it or hears of it: `acquired` or `ref
 from __future__ import annotations
 
 import contextlib
-import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -24,6 +22,7 @@ from vmmigrate.engine import explain, preamble
 from vmmigrate.engine.agreement import note_negotiated
 from vmmigrate.engine.importing import collect_state, import_state
 from vmmigrate.engine.incoming import Agreed, Arrival, DestinationMigration, HandedOver
+from vmmigrate.engine.landing import Arriving, bulk_streams, receive_ram
 from vmmigrate.engine.metrics import Outcome, outcome_of
 from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, of_the_link, stayed_cut
 from vmmigrate.engine.ram import hash_ram_in_thread
@@ -39,17 +38,15 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.hypervisor.base import Guest, RunState
-from vmmigrate.memory import PAGE_SIZE
 from vmmigrate.net.channel import Channel, refusal_of
-from vmmigrate.net.door import open_streams
-from vmmigrate.net.receiving import BulkDestination, Landing
+from vmmigrate.net.receiving import Landing
 from vmmigrate.net.secrets import RANDOM_BYTES, SessionContext, SessionSecrets
 from vmmigrate.net.threads import open_group
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import Epoch
 from vmmigrate.ownership.rules import OwnershipRefusal
 from vmmigrate.ownership.state import Incoming
-from vmmigrate.ram.digest import PageHash, condense
+from vmmigrate.ram.digest import Condenser, PageHash
 from vmmigrate.spec import chain
 from vmmigrate.spec.amend import amend
 from vmmigrate.wire import messages as m
@@ -103,28 +100,14 @@ class _Way:
     stack: contextlib.AsyncExitStack
 
 
-@dataclass
-class _Arriving:
-    """RAM under way; it outlives a cut link.
-
-    Attributes:
-        applied_round: The last round of which everything has landed.
-        received_bytes: In sessions that have ended.
-    """
-
-    page_hash: PageHash
-    landing: Landing
-    applied_round: int = 0
-    received_bytes: int = 0
-
-
 async def _up_to_handoff(way: _Way, migration: DestinationMigration) -> RunState:
     """All before the first verdict, in as many sessions as it takes; returns what the guest shall do."""
     with way.channel.interruptible():
         agreed = await _offer(way.channel, migration)
         received = await _accept_preamble(way.channel, agreed, migration)
     page_hash = PageHash(agreed.secrets.key("page digest"))
-    arriving = _Arriving(page_hash, Landing(received.layout.pages))
+    landing = Landing(received.layout.pages)
+    arriving = Arriving(page_hash, landing, Condenser(landing.table, agreed.select.digest))
     while True:
         try:
             await _one_session(way.channel, agreed, arriving, migration)
@@ -141,18 +124,18 @@ async def _up_to_handoff(way: _Way, migration: DestinationMigration) -> RunState
     return RunState(handoff.run_state)
 
 
-async def _one_session(channel: Channel, agreed: Agreed, arriving: _Arriving, migration: DestinationMigration) -> None:
+async def _one_session(channel: Channel, agreed: Agreed, arriving: Arriving, migration: DestinationMigration) -> None:
     with channel.interruptible():
-        async with _bulk_streams(agreed, arriving, migration) as bulk:
-            await _receive_ram(channel, bulk, arriving, migration)
-            await _receive_state(channel, bulk, agreed, migration)
+        async with bulk_streams(agreed, arriving, migration) as bulk, open_group() as beside:
+            await receive_ram(channel, bulk, arriving, migration, beside)
+            await _receive_state(channel, agreed, arriving, migration)
 
 
 # --------------------------------------------------------------------------- a cut link
 
 
 async def _resume(
-    way: _Way, agreed: Agreed, arriving: _Arriving, migration: DestinationMigration, error: TransportError
+    way: _Way, agreed: Agreed, arriving: Arriving, migration: DestinationMigration, error: TransportError
 ) -> Agreed:
     """Come to the source again, and go on where the link was cut. Every receiver thread was joined before.
 
@@ -181,7 +164,7 @@ async def _resume(
     raise migration.cancelled or stayed_cut(reason, migration.deadlines.resume_window_s)
 
 
-async def _reconnect(way: _Way, agreed: Agreed, arriving: _Arriving, migration: DestinationMigration) -> Agreed:
+async def _reconnect(way: _Way, agreed: Agreed, arriving: Arriving, migration: DestinationMigration) -> Agreed:
     """One try: connect, prove each other, tell what has landed."""
     async with contextlib.AsyncExitStack() as attempt:
         assert migration.reconnect is not None
@@ -195,6 +178,8 @@ async def _reconnect(way: _Way, agreed: Agreed, arriving: _Arriving, migration: 
             secrets_of_new = check_resumed(answer, asked, agreed.secrets)
             applied = await trio.to_thread.run_sync(tell_applied, arriving.landing, arriving.applied_round)
             await channel.send(applied)
+            # Told once: a page that is written and sent again must not count as here by what landed before that.
+            arriving.end_round()
         way.channel = channel
         way.stack.push_async_exit(attempt.pop_all())
     number = answer.session_number
@@ -354,125 +339,38 @@ def _check_facts(received: m.Preamble, guest: Guest, migration: DestinationMigra
         explain.note_skipped(migration.record, unfit, "its hypervisor's facts differ")
 
 
-# --------------------------------------------------------------------------- RAM
-
-
-@contextlib.asynccontextmanager
-async def _bulk_streams(
-    agreed: Agreed, arriving: _Arriving, migration: DestinationMigration
-) -> AsyncIterator[BulkDestination]:
-    """The bulk streams of the session, receiving; on leaving their threads are joined and they are closed."""
-    assert migration.guest is not None
-    layout, pages = migration.guest.ram.layout, migration.guest.ram.pages
-    links = await open_streams(
-        migration.source_host,
-        agreed.select.bulk_port,
-        migration.context,
-        migration.source,
-        agreed.secrets,
-        agreed.select.streams,
-        agreed.select.transport,
-        deadline_s=migration.deadlines.hello_s,
-        stall_limit_s=migration.deadlines.stall_s,
-    )
-    bulk = BulkDestination(links, layout, pages, arriving.page_hash, arriving.landing)
-    try:
-        async with open_group() as group:
-            group.start_soon(bulk.receive_forever)
-            yield bulk
-            group.cancel_scope.cancel()
-    finally:
-        bulk.close()
-        arriving.received_bytes += bulk.bytes_received
-
-
-async def _receive_ram(
-    channel: Channel, bulk: BulkDestination, arriving: _Arriving, migration: DestinationMigration
-) -> None:
-    """Rounds while the guest runs at the source, then the one after its pause."""
-    migration.record.ram.total_bytes = len(bulk.table) * PAGE_SIZE
-    paused = False
-    while True:
-        message = await _while_bulk_moves(
-            bulk, migration, partial(channel.expect, m.RoundEnd, m.Paused, deadline_s=math.inf)
-        )
-        if isinstance(message, m.RoundEnd):
-            await _apply_round(channel, bulk, arriving, migration, message)
-            if paused:
-                await _while_bulk_moves(bulk, migration, bulk.wait_end)
-                return
-        else:
-            paused = True
-
-
-async def _while_bulk_moves(
-    bulk: BulkDestination, migration: DestinationMigration, wait: Callable[[], Awaitable[T]]
-) -> T:
-    """Wait as long as bulk data keeps coming: how long a round takes depends on the guest, a stall does not.
-
-    Raises: TransportError `timed_out`: not a byte for `round_s`.
-    """
-    result: list[T] = []
-    async with open_group() as group:
-
-        async def run() -> None:
-            result.append(await wait())
-            group.cancel_scope.cancel()
-
-        group.start_soon(run)
-        received = -1
-        while received != bulk.bytes_received:
-            received = bulk.bytes_received
-            await trio.sleep(migration.deadlines.round_s)
-        raise TransportError(f"no bulk data for {migration.deadlines.round_s:g} s", code="timed_out")
-    return result[0]
-
-
-async def _apply_round(
-    channel: Channel, bulk: BulkDestination, arriving: _Arriving, migration: DestinationMigration, end: m.RoundEnd
-) -> None:
-    await _while_bulk_moves(bulk, migration, partial(bulk.wait_round, end.round_number, end.records))
-    arriving.applied_round = end.round_number
-    arriving.landing.fresh[:] = False
-    received = arriving.received_bytes + bulk.bytes_received
-    migration.record.ram.sent_bytes = received
-    migration.record.progress.update(round=end.round_number, bytes=received, dirty_pages=end.dirty_pages)
-    migration.record.ram.rounds.append({"pages": end.pages, "bytes": received})
-    await channel.send(m.RoundApplied(end.round_number, received))
-
-
 # --------------------------------------------------------------------------- state
 
 
-async def _receive_state(
-    channel: Channel, bulk: BulkDestination, agreed: Agreed, migration: DestinationMigration
-) -> None:
+async def _receive_state(channel: Channel, agreed: Agreed, arriving: Arriving, migration: DestinationMigration) -> None:
     """Time, devices, console; import everything; compare digests; `prepared`; Ready."""
     received, end = await collect_state(channel, migration.deadlines.import_s)
     if end.payloads != len(received.payloads):
         raise PayloadError(
             f"{len(received.payloads)} device payloads came, {end.payloads} were sent", code="payload_count"
         )
-    page_digest = await trio.to_thread.run_sync(condense, bulk.table)
+    assert migration.guest is not None
+    async with open_group() as beside:
+        beside.start_soon(arriving.condense)
+        beside.start_soon(migration.journal.reserve)
+        skipped = await import_state(migration.guest, received, migration.skipped)
+    explain.note_skipped(migration.record, skipped, "no device here takes it")
+    page_digest = arriving.condenser.digest()
     if page_digest != end.page_digest:
         raise RemoteProtocolError("guest RAM as it landed is not as it was sent", code="digest_mismatch")
-    assert migration.guest is not None
     ram_digest = b""
     if agreed.select.verify == "full":
         ram_digest = await hash_ram_in_thread(migration.guest.ram)
         migration.record.digest["destination"] = ram_digest.hex()
-    skipped = await import_state(migration.guest, received, migration.skipped)
-    explain.note_skipped(migration.record, skipped, "no device here takes it")
-    await _prepare(channel, migration, page_digest, ram_digest)
+    await _prepare(channel, arriving, migration, ram_digest)
 
 
-async def _prepare(channel: Channel, migration: DestinationMigration, page_digest: bytes, ram_digest: bytes) -> None:
+async def _prepare(channel: Channel, arriving: Arriving, migration: DestinationMigration, ram_digest: bytes) -> None:
     assert migration.arrival is not None
-    await migration.journal.reserve()
     await migration.journal.commit(
         rules.Prepare(migration.migration_id, migration.arrival.epoch, migration.arrival.run_state.value)
     )
-    await channel.send(m.Ready(migration.journal.id, page_digest, ram_digest))
+    await channel.send(m.Ready(migration.journal.id, arriving.condenser.digest(), ram_digest))
 
 
 # --------------------------------------------------------------------------- the verdict
@@ -496,6 +394,7 @@ async def _take_over(channel: Channel, migration: DestinationMigration, run_stat
         # The guest runs. Whether the source hears of it is no longer decisive: it will ask.
         with contextlib.suppress(VmMigrateError):
             await channel.send(m.Running(migration.journal.id, epoch, 0.0, resume_s))
+        await _settle_in(migration)
 
 
 async def finish_start(migration: DestinationMigration, run_state: RunState) -> bool:
@@ -523,7 +422,6 @@ async def _run_started(migration: DestinationMigration, guest: Guest, epoch: Epo
         # An operator may have given it to another host since `started`.
         if run_state is RunState.RUNNING and migration.journal.state.may_run(migration.instance_id, epoch):
             await guest.run(epoch)
-        await guest.note_record(*migration.journal.position)
     except HypervisorError as error:
         log.error("guest.not_run", instance=migration.instance_id, code=error.code, text=error.text)
         migration.record.notes.append(f"the guest was not run: {error.text}")
@@ -532,6 +430,14 @@ async def _run_started(migration: DestinationMigration, guest: Guest, epoch: Epo
             await migration.journal.commit(rules.Lose(migration.instance_id, error.text))
             migration.record.outcome = Outcome.GUEST_LOST
             migration.record.error = error.as_dict()
+
+
+async def _settle_in(migration: DestinationMigration) -> None:
+    """What a guest that runs need not wait for. Whoever watches over it notices if it has gone."""
+    assert migration.guest is not None
+    with contextlib.suppress(HypervisorError):
+        await migration.guest.note_record(*migration.journal.position)
+    await trio.to_thread.run_sync(migration.guest.ram.drop_retired)
 
 
 async def _open_in_time(guest: Guest, epoch: Epoch, start_s: float) -> None:

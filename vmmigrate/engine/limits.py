@@ -19,20 +19,38 @@ class MigrationOptions:
 
     Attributes:
         downtime_ms: Pause the guest only when the forecast of the pause is at most this.
-        timeout_s: For everything up to the handoff; then the source goes on as before.
+        timeout_s: For everything up to the handoff.
+        on_timeout: Then `cancel`, and the source goes on as before; or `force` the pause, however long it will be.
         streams: Bulk streams wanted; the destination may allow fewer.
         verify: `digest` compares one digest per page as sent and as landed; `full` also hashes all of RAM on both
             sides while the guest is paused.
         max_rounds: After so many rounds without a prospect of a short pause, stop trying.
         force: Then pause anyway, instead of giving up.
+        auto_converge: Throttle the guest's processors, step by step, when it writes faster than RAM is sent.
+        compression: `auto` compresses where that pays, judged all the time; `off` never does.
+        delta_cache_mib: For copies of pages that were sent, so that only what changed in them is sent again; 0 is off.
+        bandwidth_mib_s: All bulk streams together send no more than this, in MiB per second; 0 is no limit.
+        plan_only: Measure and forecast, and then call it off: the guest is never paused.
     """
 
     downtime_ms: int = 300
     timeout_s: float = 3600.0
+    on_timeout: str = "cancel"
     streams: int = 2
     verify: str = "digest"
     max_rounds: int = 30
     force: bool = False
+    auto_converge: bool = False
+    compression: str = "auto"
+    delta_cache_mib: int = 32
+    bandwidth_mib_s: int = 0
+    plan_only: bool = False
+
+
+# What may be changed while a migration runs.
+ADJUSTABLE: Final = frozenset(
+    {"downtime_ms", "timeout_s", "on_timeout", "max_rounds", "force", "auto_converge", "bandwidth_mib_s"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from enum import StrEnum
 from typing import Any
 
 from vmmigrate.errors import VmMigrateError
+from vmmigrate.memory import PAGE_SIZE
+from vmmigrate.ram.encoding import WORDS, ZERO, Tally
 from vmmigrate.wire.phases import Phase, Role
 from vmmigrate.wire.session import Session
 
@@ -52,13 +54,25 @@ class Laps:
 
 @dataclass
 class RamCounters:
-    """Bytes by kind. `sent_bytes` is what crossed the wire for pages, headers included."""
+    """Bytes by kind. `sent_bytes` is what crossed the wire for pages, headers included.
+
+    Attributes:
+        encodings: By encoding, how many pages travelled so, and in how many bytes.
+    """
 
     total_bytes: int = 0
     sent_bytes: int = 0
     zero_bytes: int = 0
     hole_bytes: int = 0
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    encodings: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def note_tally(self, tally: Tally) -> None:
+        """All that was sent until now."""
+        self.zero_bytes = tally.pages[ZERO] * PAGE_SIZE
+        self.encodings = {
+            word: {"pages": tally.pages[word], "bytes": tally.bytes[word]} for word in WORDS if tally.pages[word]
+        }
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -67,6 +81,7 @@ class RamCounters:
             "zero_bytes": self.zero_bytes,
             "hole_bytes": self.hole_bytes,
             "rounds": list(self.rounds),
+            "encodings": {word: dict(counts) for word, counts in self.encodings.items()},
         }
 
 
@@ -81,6 +96,11 @@ class MigrationRecord:
     Attributes:
         negotiation: What was offered, chosen, passed over, skipped and refused, and why; see `explain`.
         progress: Counters of the round that runs: `round`, `bytes`, `rate_bytes_per_s`, `dirty_pages`, `pages_left`.
+        forecast: Of the pause when it was decided upon, and how far it was off; known once the guest has moved. With
+            `planned` when it had been planned before.
+        plan: What `plan` asked for: a forecast, of a migration that was then called off.
+        options: What it is run with, as it is now.
+        integrity: At the source, once the guest has moved: what hashing its RAM once more has found.
         outcome: None while it lasts.
         error: Code, message and details when it did not end as `moved`.
     """
@@ -95,6 +115,10 @@ class MigrationRecord:
     laps: Laps = field(default_factory=Laps)
     digest: dict[str, str] = field(default_factory=dict)
     progress: dict[str, int] = field(default_factory=dict)
+    forecast: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
+    integrity: dict[str, Any] = field(default_factory=dict)
+    options: Callable[[], dict[str, Any]] = dict
     created_at_s: float = field(default_factory=time.time)
     begun_s: float | None = None
     ended_s: float | None = None
@@ -115,6 +139,10 @@ class MigrationRecord:
             return Phase.FAILED
         return Phase.NEGOTIATE if self.session is None else self.session.phase
 
+    @property
+    def total_s(self) -> float:
+        return 0.0 if self.begun_s is None else (self.ended_s or time.monotonic()) - self.begun_s
+
     def begin(self, session: Session) -> None:
         self.session = session
         self.awaiting_peer = False
@@ -130,7 +158,6 @@ class MigrationRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """The record as programs get it: design section 6."""
-        begun, ended = self.begun_s, self.ended_s or time.monotonic()
         return {
             "migration_id": self.migration_id,
             "instance_id": self.instance_id,
@@ -143,8 +170,12 @@ class MigrationRecord:
             "negotiation": dict(self.negotiation),
             "ram": self.ram.as_dict(),
             "progress": dict(self.progress),
+            "forecast": dict(self.forecast),
+            "plan": self.plan,
+            "options": self.options(),
+            "integrity": dict(self.integrity),
             "created_at_s": self.created_at_s,
-            "total_s": 0.0 if begun is None else ended - begun,
+            "total_s": self.total_s,
             "downtime_s": self.laps.total_s,
             "downtime_parts_s": dict(self.laps.parts),
             "digest": dict(self.digest),

@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 import trio
 
 from vmmigrate.engine.abilities import of_this_release
+from vmmigrate.engine.frozen import PENDING, Frozen
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.engine.limits import Deadlines, MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
+from vmmigrate.engine.steering import Steering
 from vmmigrate.errors import (
     HandoffInDoubt,
     HypervisorError,
@@ -34,6 +37,7 @@ from vmmigrate.net.identity import Identity
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer, OwnershipRefusal
 from vmmigrate.ownership.state import Holding, Outgoing
+from vmmigrate.ram.forecast import PauseHistory
 from vmmigrate.spec.latest import InstanceSpec
 from vmmigrate.wire import messages as m
 from vmmigrate.wire.negotiate import Abilities
@@ -129,9 +133,14 @@ class SourceMigration:
 
     Attributes:
         abilities: What this host may do; everything, unless its configuration says less.
+        steering: Its options, some of which may be changed while it runs.
+        history: What pauses towards that destination took.
+        planned: The last plan of this very move, if there was one.
+        frozen: What is known of the RAM that was sent; with the RAM itself once the guest has moved.
         guest: None when its process is gone and only the verdict of the destination is still to be learnt.
         ask_destination: Asks the destination's daemon for its verdict; injected by the daemon, which has the client.
         offered: Every page that was taken from the dirty marks in this attempt; put back when it fails.
+        is_throttled: The guest's processors are held back; they are let go when the attempt fails.
         is_pausing: From then on a cut link is no longer waited out.
         over: Set at the end: connections that were handed in may be closed.
     """
@@ -150,16 +159,25 @@ class SourceMigration:
     record: MigrationRecord
     ask_destination: AskDestination
     abilities: Abilities = field(default_factory=of_this_release)
-    options: MigrationOptions = field(default_factory=MigrationOptions)
+    steering: Steering = field(default_factory=lambda: Steering(MigrationOptions()))
+    history: PauseHistory = field(default_factory=PauseHistory)
+    planned: Mapping[str, Any] | None = None
+    frozen: Frozen | None = None
     deadlines: Deadlines = field(default_factory=Deadlines)
     session_number: int = 1
     destination_url: str = ""
     destination_journal: str = ""
     desired: RunState = RunState.RUNNING
     offered: PageBitmap | None = None
+    is_throttled: bool = False
     is_pausing: bool = False
     resumption: Resumption = field(default_factory=Resumption)
     over: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def options(self) -> MigrationOptions:
+        """As they are now."""
+        return self.steering.options
 
     @property
     def live(self) -> Guest:
@@ -190,6 +208,9 @@ async def conclude(
         return
     if answer in {Answer.RUNNING, Answer.STARTED}:
         if migration.guest is not None:
+            if migration.frozen is not None and migration.frozen.ram is None:
+                migration.frozen.ram = migration.guest.release_ram()
+                migration.record.integrity = dict(PENDING)
             await migration.guest.destroy()
         migration.record.finish(Outcome.MOVED)
         log.info("migration.moved", migration=migration.migration_id, instance=migration.instance_id)
@@ -258,6 +279,8 @@ async def _resume_once(migration: SourceMigration) -> None:
         log.error("migration.not_ours", migration=migration.migration_id, instance=migration.instance_id)
         return
     guest = migration.live
+    if migration.is_throttled:
+        await guest.throttle(0)
     if migration.offered is not None:
         await guest.mark_dirty(migration.offered)
     await guest.open_backends(epoch)

@@ -64,12 +64,13 @@ def _next(cut: SessionSecrets, destination_random: bytes, source_random: bytes) 
 
 
 def tell_applied(landing: Landing, round_number: int) -> m.Applied:
-    """What the destination holds: rounds up to *round_number*, and what has landed since. Threads are joined."""
+    """What the destination holds: rounds up to *round_number*, and what has landed since the source was last told.
+    Threads are joined."""
     return m.Applied(round_number, zlib.compress(np.packbits(landing.fresh, bitorder="little").tobytes(), 1))
 
 
 def read_applied(applied: m.Applied, pages: int) -> PageBitmap:
-    """The pages that have landed since the last applied round.
+    """The pages that have landed since the destination told last.
 
     Raises: RemoteProtocolError `bad_message`: not deflated, or not a bitmap of *pages* pages.
     """

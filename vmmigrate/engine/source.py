@@ -8,20 +8,23 @@ moment `released` is handed to the journal the source is in doubt; it stays paus
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import structlog
 import trio
 
+from vmmigrate.devices.payload import DevicePayload
+from vmmigrate.devices.time import TimeData
 from vmmigrate.engine.agreement import Agreed, negotiate, synchronise
+from vmmigrate.engine.copying import Copy, catch_up, copy_the_rest, copy_while_running, new_copy, note_pause
+from vmmigrate.engine.frozen import Frozen
 from vmmigrate.engine.metrics import MigrationRecord, Outcome
 from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, SourceMigration, conclude, stayed_cut, undo
+from vmmigrate.engine.planning import plan_out
 from vmmigrate.engine.ram import hash_ram_in_thread
-from vmmigrate.engine.resume import accept_resume, read_applied
+from vmmigrate.engine.resume import accept_resume
 from vmmigrate.errors import (
-    ConvergenceError,
     HandoffInDoubt,
     HypervisorError,
     IdentityError,
@@ -31,14 +34,13 @@ from vmmigrate.errors import (
     TransportError,
     VmMigrateError,
 )
-from vmmigrate.memory import PAGE_SIZE, PageBitmap
+from vmmigrate.hypervisor.base import ConsoleHistory
+from vmmigrate.memory import MIB
 from vmmigrate.net.channel import Channel
-from vmmigrate.net.sending import BulkSource, RoundSent
+from vmmigrate.net.sending import BulkSource
 from vmmigrate.net.threads import open_group
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.rules import Answer
-from vmmigrate.ram.convergence import Convergence, Round, Verdict
-from vmmigrate.ram.digest import Digests, PageHash, condense
 from vmmigrate.wire import messages as m
 
 log = structlog.get_logger(__name__)
@@ -56,8 +58,10 @@ async def migrate_out(channel: Channel, offer: m.Offer, migration: SourceMigrati
     way = _Way(channel)
     migration.record.begin(channel.session)
     try:
-        await _up_to_ready(way, offer, migration)
+        copy = await _up_to_ready(way, offer, migration)
+        migration.frozen = Frozen(copy.page_hash, copy.table)
         await _hand_off(way.channel, migration)
+        note_pause(copy, migration)
     except JournalError:
         # Nobody knows what is durable, so nobody may act: the daemon exits, and its restart reads the journal anew.
         raise
@@ -75,75 +79,56 @@ async def migrate_out(channel: Channel, offer: m.Offer, migration: SourceMigrati
         defect = VmMigrateError("the source has a defect; its log says more", code="internal")
         await undo(way.channel, migration, defect)
     finally:
+        way.leftovers.close()
         migration.over.set()
 
 
 @dataclass
 class _Way:
-    """The control channel in force: a cut link is followed by another one."""
-
-    channel: Channel
-
-
-@dataclass
-class _Copy:
-    """RAM under way; it outlives a cut link.
+    """The control channel in force: a cut link is followed by another one.
 
     Attributes:
-        number: The round that is being sent, or is next.
-        pending: Its pages: what the destination does not hold, as far as is known. None before the first round.
-        answer: What is still to be said to a destination that came again.
-        sent_bytes, zero_pages: Of sessions that have ended.
+        leftovers: What need not be closed before the guest runs elsewhere.
     """
 
-    page_hash: PageHash
-    table: Digests
-    judge: Convergence
-    number: int = 1
-    pending: PageBitmap | None = None
-    answer: m.Resumed | None = None
-    sent_bytes: int = 0
-    zero_pages: int = 0
+    channel: Channel
+    leftovers: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
-async def _up_to_ready(way: _Way, offer: m.Offer, migration: SourceMigration) -> None:
+async def _up_to_ready(way: _Way, offer: m.Offer, migration: SourceMigration) -> Copy:
     """All that can be undone, in as many sessions as it takes."""
-    options, pages = migration.options, migration.live.ram.layout.pages
-    try:
-        with trio.fail_after(options.timeout_s):
-            with way.channel.interruptible():
-                agreed = await negotiate(way.channel, offer, migration)
-            copy = _Copy(
-                PageHash(agreed.secrets.key("page digest")),
-                np.zeros(pages, dtype=np.uint64),
-                Convergence(options.downtime_ms / 1000, max_rounds=options.max_rounds),
-            )
-            while True:
-                try:
-                    await _one_session(way.channel, agreed, copy, migration)
-                    return
-                except TransportError as error:
-                    agreed = await _resume(way, agreed, copy, migration, error)
-    except trio.TooSlowError:
-        raise ConvergenceError(
-            f"the migration did not finish within {options.timeout_s:g} s", code="timed_out_total"
-        ) from None
+    async with open_group() as group:
+        group.start_soon(migration.steering.watch_the_time)
+        with way.channel.interruptible():
+            agreed = await negotiate(way.channel, offer, migration)
+        copy = new_copy(agreed, migration)
+        while True:
+            try:
+                await _one_session(way, agreed, copy, migration)
+                break
+            except TransportError as error:
+                agreed = await _resume(way, agreed, copy, migration, error)
+        group.cancel_scope.cancel()
+    return copy
 
 
-async def _one_session(channel: Channel, agreed: Agreed, copy: _Copy, migration: SourceMigration) -> None:
+async def _one_session(way: _Way, agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
+    channel = way.channel
     with channel.interruptible():
-        async with _bulk_streams(channel, agreed, copy, migration) as bulk:
-            await _copy_while_running(channel, bulk, copy, migration)
+        async with _bulk_streams(way, agreed, copy, migration) as bulk:
+            if migration.options.plan_only:
+                await plan_out(channel, bulk, agreed, copy, migration)
+            await copy_while_running(channel, bulk, agreed, copy, migration)
             await _pause(channel, migration, copy.number)
-            await _copy_the_rest(channel, bulk, copy, migration)
-            page_digest = await _send_state(channel, bulk, agreed, migration)
-            await _wait_ready(channel, page_digest, agreed, migration)
+            state = await _copy_and_save(channel, bulk, agreed, copy, migration)
+            await _send_state(channel, state, agreed, copy, migration)
+            await _wait_ready(channel, agreed, copy, migration)
 
 
 # --------------------------------------------------------------------------- a cut link
 
 
-async def _resume(way: _Way, agreed: Agreed, copy: _Copy, migration: SourceMigration, error: TransportError) -> Agreed:
+async def _resume(way: _Way, agreed: Agreed, copy: Copy, migration: SourceMigration, error: TransportError) -> Agreed:
     """Wait, with the guest running, until the destination comes again and proves that it is the one that was cut off.
 
     Raises: *error*, when this is no matter for waiting or nobody came in time; what the wait was aborted with.
@@ -173,34 +158,13 @@ async def _resume(way: _Way, agreed: Agreed, copy: _Copy, migration: SourceMigra
     raise stayed_cut(error, migration.deadlines.resume_window_s) from error
 
 
-async def _catch_up(channel: Channel, copy: _Copy, migration: SourceMigration) -> None:
-    """Say that we go on, and learn what of the cut round has arrived: the rest of it is still to be sent."""
-    assert copy.answer is not None
-    await channel.send(copy.answer)
-    applied = await channel.expect(m.Applied, deadline_s=migration.deadlines.answer_s)
-    assert copy.pending is not None
-    held = read_applied(applied, copy.pending.pages)
-    if applied.round_number == copy.number:
-        copy.pending, copy.number = PageBitmap(copy.pending.pages), copy.number + 1
-    elif applied.round_number == copy.number - 1:
-        copy.pending = copy.pending - held
-    else:
-        raise RemoteProtocolError(f"the destination holds round {applied.round_number}, sent was {copy.number}")
-    with trio.CancelScope(shield=True):
-        # Marks that were taken and then forgotten would be lost pages.
-        copy.pending |= await migration.live.take_dirty()
-    _remember_offered(migration, copy.pending)
-    log.info("migration.resumed", migration=migration.migration_id, pages_left=copy.pending.count())
-
-
 # --------------------------------------------------------------------------- RAM
 
 
 @contextlib.asynccontextmanager
-async def _bulk_streams(
-    channel: Channel, agreed: Agreed, copy: _Copy, migration: SourceMigration
-) -> AsyncIterator[BulkSource]:
-    """The bulk streams of the session, closed on leaving; their threads are joined by then.
+async def _bulk_streams(way: _Way, agreed: Agreed, copy: Copy, migration: SourceMigration) -> AsyncIterator[BulkSource]:
+    """The bulk streams of the session. On leaving their threads are joined; they are closed when it failed, and
+    otherwise once the guest was given away: closing them takes time, and the guest is paused.
 
     They are expected before the preamble (or the word that we go on) is sent: the destination opens them as soon as it
     has answered that.
@@ -209,121 +173,24 @@ async def _bulk_streams(
     streams, transport = agreed.select.streams, agreed.select.transport
     with migration.door.expect(agreed.secrets, migration.destination, streams, transport) as appointment:
         if copy.pending is None:
-            await synchronise(channel, agreed, migration)
+            await synchronise(way.channel, agreed, migration)
         else:
-            await _catch_up(channel, copy, migration)
+            await catch_up(way.channel, copy, migration)
         links = await migration.door.collect(appointment)
-    bulk = BulkSource(links, layout, pages, copy.page_hash, copy.table)
-    try:
-        yield bulk
-    finally:
-        bulk.close()
-        copy.sent_bytes += bulk.bytes_sent
-        copy.zero_pages += bulk.zero_pages
-
-
-async def _copy_while_running(channel: Channel, bulk: BulkSource, copy: _Copy, migration: SourceMigration) -> None:
-    """Rounds until the rest fits the pause; `copy.pending` is then what is still to send."""
-    if copy.pending is None:
-        await _begin_copy(copy, migration)
-    options, judge = migration.options, copy.judge
-    while True:
-        verdict = await _one_round(channel, bulk, copy, migration)
-        if verdict is Verdict.PAUSE or (verdict is Verdict.WILL_NOT_CONVERGE and options.force):
-            return
-        if verdict is Verdict.WILL_NOT_CONVERGE:
-            assert copy.pending is not None
-            dirty = copy.pending.count()
-            raise ConvergenceError(
-                f"after {copy.number - 1} rounds {dirty} pages are dirty; the pause would last about"
-                f" {judge.forecast_pause_s(dirty):.2f} s, allowed is {judge.downtime_s:g} s"
-            )
-
-
-async def _begin_copy(copy: _Copy, migration: SourceMigration) -> None:
-    """The first round: every page that was ever touched. Marks first, or a write in between would be lost."""
-    guest, record = migration.live, migration.record
-    await guest.start_tracking()
-    pages = await trio.to_thread.run_sync(guest.ram.populated)
-    record.ram.total_bytes = guest.ram.layout.size_bytes
-    record.ram.hole_bytes = (guest.ram.layout.pages - pages.count()) * PAGE_SIZE
-    migration.offered = pages.copy()
-    copy.pending = pages
-
-
-async def _one_round(channel: Channel, bulk: BulkSource, copy: _Copy, migration: SourceMigration) -> Verdict:
-    """Send what is pending, wait until it has landed, and see what was written meanwhile: that is pending then."""
-    assert copy.pending is not None
-    number, begun = copy.number, trio.current_time()
-    sent = await _send_round(channel, bulk, copy, migration, last=False)
-    applied = await channel.expect(m.RoundApplied, deadline_s=migration.deadlines.round_s)
-    _check_round(applied, number)
-    seconds = trio.current_time() - begun
-    with trio.CancelScope(shield=True):
-        # Marks that were taken and then forgotten would be lost pages: no cancel in between.
-        copy.pending = await migration.live.take_dirty()
-        copy.number += 1
-    _remember_offered(migration, copy.pending)
-    finished = Round(sent.pages, sent.bytes_sent, seconds, copy.pending.count())
-    verdict = copy.judge.after_round(finished)
-    _note_round(migration.record, finished)
-    migration.record.progress.update(rate_bytes_per_s=int(copy.judge.rate), dirty_pages=finished.dirty_pages)
-    log.info("round.finished", round=number, pages=sent.pages, dirty_pages=finished.dirty_pages, verdict=verdict.value)
-    return verdict
-
-
-async def _send_round(
-    channel: Channel, bulk: BulkSource, copy: _Copy, migration: SourceMigration, *, last: bool
-) -> RoundSent:
-    assert copy.pending is not None
-    pages, number = copy.pending, copy.number
-    migration.record.progress.update(round=number, pages_left=pages.count())
-    async with _watched(bulk, copy, migration.record, pages.count()):
-        sent = await bulk.send_round(pages, number, last=last)
-    migration.record.ram.sent_bytes = copy.sent_bytes + bulk.bytes_sent
-    migration.record.ram.zero_bytes = (copy.zero_pages + bulk.zero_pages) * PAGE_SIZE
-    await channel.send(m.RoundEnd(number, sent.records, sent.pages, pages.count()))
-    return sent
-
-
-@contextlib.asynccontextmanager
-async def _watched(bulk: BulkSource, copy: _Copy, record: MigrationRecord, pages: int) -> AsyncIterator[None]:
-    """Keep the record's counters fresh while a round is being sent."""
-
-    async def watch() -> None:
-        done_before = bulk.pages_done
-        while True:
-            await trio.sleep(0.1)
-            record.ram.sent_bytes = copy.sent_bytes + bulk.bytes_sent
-            record.progress.update(
-                bytes=record.ram.sent_bytes, pages_left=max(pages - (bulk.pages_done - done_before), 0)
-            )
-
-    async with open_group() as nursery:
-        nursery.start_soon(watch)
-        yield
-        nursery.cancel_scope.cancel()
-
-
-def _check_round(applied: m.RoundApplied, number: int) -> None:
-    if applied.round_number != number:
-        raise RemoteProtocolError(f"round {applied.round_number} was applied, {number} was sent")
-
-
-def _remember_offered(migration: SourceMigration, dirty: PageBitmap) -> None:
-    assert migration.offered is not None
-    migration.offered |= dirty
-
-
-def _note_round(record: MigrationRecord, finished: Round) -> None:
-    record.ram.rounds.append(
-        {
-            "pages": finished.pages,
-            "bytes": finished.bytes_sent,
-            "seconds": finished.seconds,
-            "dirty_pages": finished.dirty_pages,
-        }
+    bulk = BulkSource(
+        links,
+        layout,
+        pages,
+        copy.page_hash,
+        copy.table,
+        encodings=agreed.select.encodings,
+        delta_cache_bytes=migration.options.delta_cache_mib * MIB,
     )
+    with contextlib.ExitStack() as closing:
+        closing.callback(copy.close_session, bulk)
+        with migration.steering.over(bulk):
+            yield bulk
+        way.leftovers.push(closing.pop_all())
 
 
 # --------------------------------------------------------------------------- the pause
@@ -339,46 +206,74 @@ async def _pause(channel: Channel, migration: SourceMigration, number: int) -> N
     # Closes the disks, too: the destination opens them for writing before the guest starts there.
     await migration.live.pause_for_handoff(migration.migration_id)
     migration.record.laps.lap("pause")
-    await channel.send(m.Paused(number))
+    channel.say_later(m.Paused(number))
 
 
-async def _copy_the_rest(channel: Channel, bulk: BulkSource, copy: _Copy, migration: SourceMigration) -> None:
-    """The last round: what was dirty, and what was written until the pause."""
-    assert copy.pending is not None
-    copy.pending |= await migration.live.take_dirty()
-    _remember_offered(migration, copy.pending)
-    begun = trio.current_time()
-    sent = await _send_round(channel, bulk, copy, migration, last=True)
-    _note_round(migration.record, Round(sent.pages, sent.bytes_sent, trio.current_time() - begun, 0))
-    migration.record.laps.lap("last_round")
+@dataclass
+class _State:
+    """What a guest is beside its RAM, as it was saved."""
+
+    time: TimeData | None = None
+    payloads: Sequence[DevicePayload] = ()
+    histories: dict[str, ConsoleHistory] = field(default_factory=dict)
 
 
-async def _send_state(channel: Channel, bulk: BulkSource, agreed: Agreed, migration: SourceMigration) -> bytes:
-    """Time, devices, console history, and the digest of all pages sent."""
-    guest = migration.live
-    await channel.send(m.TimeDataMessage((await guest.export_time()).to_map()))
-    payloads = await guest.export_devices(agreed.select.payloads)
+async def _copy_and_save(
+    channel: Channel, bulk: BulkSource, agreed: Agreed, copy: Copy, migration: SourceMigration
+) -> _State:
+    """The last pages and, meanwhile, the state of the devices."""
+    guest, state = migration.live, _State()
+
+    async def save_time() -> None:
+        state.time = await guest.export_time()
+
+    async def save_devices() -> None:
+        state.payloads = await guest.export_devices(agreed.select.payloads)
+
+    async def save_console(port: str) -> None:
+        state.histories[port] = await guest.console_history(port)
+
+    async with open_group() as group:
+        group.start_soon(save_time)
+        group.start_soon(save_devices)
+        for port in guest.plan.serial_ports:
+            group.start_soon(save_console, port.name)
+        await copy_the_rest(channel, bulk, copy, migration)
+    migration.record.laps.lap("device_save")
+    return state
+
+
+async def _send_state(channel: Channel, state: _State, agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
+    """Time, devices, console history, and the digest of all pages sent. What is small is said in one breath."""
+    assert state.time is not None
     promised = {(item.instance_name, item.kind) for item in agreed.payloads if not item.optional}
-    missing = promised - {(payload.instance_name, payload.kind) for payload in payloads}
+    missing = promised - {(payload.instance_name, payload.kind) for payload in state.payloads}
     if missing:
         device, kind = min(missing)
         raise PayloadError(f"device {device} exported no payload of kind {kind}", code="payload_missing")
     items = tuple(
         m.PayloadItem(p.instance_name, p.kind, p.version, p.optional, p.body)
-        for p in payloads
+        for p in state.payloads
         if (p.instance_name, p.kind) not in agreed.skipped
     )
+    channel.say_later(m.TimeDataMessage(state.time.to_map()))
     for chunk in _chunks(items):
-        await channel.send(m.DeviceState(chunk))
-    for port in guest.plan.serial_ports:
-        history = await guest.console_history(port.name)
-        await channel.send(
-            m.ConsoleHistoryMessage(history.port, history.beginning, history.rolling, history.total_bytes)
-        )
-    migration.record.laps.lap("device_save")
-    page_digest = await trio.to_thread.run_sync(condense, bulk.table)
-    await channel.send(m.StateEnd(page_digest, len(items)))
-    return page_digest
+        await _say_soon(channel, m.DeviceState(chunk), sum(len(item.body) for item in chunk))
+    for port in migration.live.plan.serial_ports:
+        history = state.histories[port.name]
+        size = len(history.beginning) + len(history.rolling)
+        told = m.ConsoleHistoryMessage(history.port, history.beginning, history.rolling, history.total_bytes)
+        await _say_soon(channel, told, size)
+    await channel.send(m.StateEnd(copy.condenser.digest(), len(items)))
+    migration.record.laps.lap("device_send")
+
+
+async def _say_soon(channel: Channel, message: m.Message, size_bytes: int) -> None:
+    """What is large is on its way while the next is made ready."""
+    if size_bytes < _CHUNK_BYTES // 2:
+        channel.say_later(message)
+    else:
+        await channel.send(message)
 
 
 _CHUNK_BYTES = 1 << 20
@@ -397,7 +292,7 @@ def _chunks(items: tuple[m.PayloadItem, ...]) -> list[tuple[m.PayloadItem, ...]]
     return [tuple(chunk) for chunk in chunks if chunk]
 
 
-async def _wait_ready(channel: Channel, page_digest: bytes, agreed: Agreed, migration: SourceMigration) -> None:
+async def _wait_ready(channel: Channel, agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
     """Ready, with equal digests; after it the destination's journal holds `prepared`."""
     full = agreed.select.verify == "full"
     digest = b""
@@ -410,7 +305,7 @@ async def _wait_ready(channel: Channel, page_digest: bytes, agreed: Agreed, migr
     migration.record.laps.lap("import_and_verify")
     if full:
         migration.record.digest["destination"] = ready.ram_digest.hex()
-    if ready.page_digest != page_digest or ready.ram_digest != digest:
+    if ready.page_digest != copy.condenser.digest() or ready.ram_digest != digest:
         raise RemoteProtocolError("guest RAM at the destination is not that of the source", code="digest_mismatch")
     migration.destination_journal = ready.journal_id
 

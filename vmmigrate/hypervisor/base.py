@@ -137,7 +137,7 @@ class GuestStatus:
     `heartbeats` counts 1 ms ticks since boot and travels with the guest; `last_record` is the highest journal record
     number that the daemon has told it, and `last_journal` the id of that journal; `handoff` is the migration for which
     it was paused last, until it runs again; `ran_epoch` is the epoch under which it was told to run last, (0, 0) when
-    it never was.
+    it never was; `throttle_percent` is how much of the time its processors are held.
     """
 
     stamp: GuestStamp
@@ -149,6 +149,7 @@ class GuestStatus:
     handoff: str | None = None
     ran_epoch: tuple[int, int] = (0, 0)
     last_journal: str = ""
+    throttle_percent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,17 @@ class GuestRam(Protocol):
         """Give pages back; they read as zero. Only while the guest cannot run."""
 
     def make_read_only(self) -> None:
-        """Drop the writable mapping: from now on only the guest's process writes."""
+        """Give up the writable mapping: from now on only the guest's process writes. At once, however large the guest;
+        views of it that somebody still holds must not be written through any more. Idempotent.
+        """
+
+    def drop_retired(self) -> None:
+        """Take down what `make_read_only` gave up, with its page tables: views of it read as zero then. Blocking: about
+        25 ms for a GiB. Idempotent.
+        """
+
+    def close(self) -> None:
+        """Unmap: views that somebody still holds read zeros from now on. Blocks while page tables go. Idempotent."""
 
 
 class Guest(Protocol):
@@ -313,6 +324,20 @@ class Guest(Protocol):
         Which optional payloads were skipped, as (device, kind).
         """
 
+    async def rehearse_export(self, versions: Mapping[str, int]) -> int:
+        """Do what `export_devices` would do, of a guest that may run, and throw it away: how many bytes it was.
+
+        It tells what the export will cost, and nothing about whether it will succeed.
+        """
+
+    async def throttle(self, percent: int) -> None:
+        """Let the guest's processors stand still for *percent* (0 to 99) of the time; 0 lets them go.
+
+        It stays so until it is told otherwise, also when the daemon dies: who adopts a guest lets it go.
+
+        Raises: HypervisorError `not_supported`: `Capabilities.throttle` said so.
+        """
+
     async def console_history(self, port: str) -> ConsoleHistory: ...
 
     async def import_console_history(self, history: ConsoleHistory) -> None: ...
@@ -334,6 +359,11 @@ class Guest(Protocol):
     async def heartbeat_gaps(self) -> Mapping[str, Any]:
         """Guest-observed pauses in milliseconds, nothing subtracted: at least `heartbeats`, `largest_gap_ms`,
         `steady_p99_ms`, `steady_largest_gap_ms` and, by move, `move_gaps_ms`.
+        """
+
+    def release_ram(self) -> GuestRam:
+        """Take RAM out of the guest: it stays mapped as it is, whatever becomes of the process, until it is closed by
+        the caller. The guest is good for `destroy` only, from then on. Never of a guest that may run again.
         """
 
     async def destroy(self) -> bool:

@@ -86,7 +86,7 @@ class KernelTracker:
 
     def _scan(self) -> PageBitmap:
         runs = kernel.take_written(self._pagemap, self._address, self._pages * PAGE_SIZE)
-        return PageBitmap.from_flags(kernel.flags_of(self._pages, runs))
+        return PageBitmap.from_runs(self._pages, runs)
 
     async def _in_thread(self, call: Callable[..., Any], *args: Any) -> Any:
         try:

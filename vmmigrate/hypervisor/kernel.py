@@ -56,7 +56,6 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.syscall.restype = ctypes.c_long
 
@@ -154,12 +153,6 @@ def _map(address: int | None, size_bytes: int, protection: int, flags: int, fd: 
     return int(mapped)
 
 
-def protect_read_only(address: int, size_bytes: int) -> None:
-    """Take the write permission from a mapping of this process: a stray write then faults."""
-    if _libc.mprotect(address, size_bytes, _PROT_READ) != 0:
-        raise _os_error("mprotect")
-
-
 def sharpen_timers() -> None:
     """Let this thread's timed waits end on time (1 ns slack instead of 50 µs)."""
     _libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
@@ -188,15 +181,6 @@ def populated_runs(fd: int, size_bytes: int) -> Runs:
         offset = os.lseek(fd, start, os.SEEK_HOLE)
         runs.append((start // PAGE_SIZE, -(-offset // PAGE_SIZE) - start // PAGE_SIZE))
     return np.asarray(runs, dtype=np.int64).reshape(-1, 2)
-
-
-def flags_of(pages: int, runs: Runs) -> npt.NDArray[np.bool_]:
-    """Runs as one boolean per page. Its cost follows the pages in *runs*: the last scan is part of a guest's pause."""
-    lengths = runs[:, 1]
-    shifts = runs[:, 0] - np.concatenate(([0], np.cumsum(lengths)[:-1]))  # of each run against its place in the list
-    flags = np.zeros(pages, dtype=np.bool_)
-    flags[np.repeat(shifts, lengths) + np.arange(lengths.sum())] = True
-    return flags
 
 
 def _os_error(call: str) -> OSError:

@@ -90,6 +90,7 @@ class Channel:
         self.peer_progress: Mapping[str, int] = {}
         self._stream = stream
         self._send_lock = trio.Lock()
+        self._unsent = bytearray()
         self._queue: deque[Message] = deque()
         self._queued_bytes = 0
         self._wakeup = trio.Event()
@@ -113,24 +114,35 @@ class Channel:
             LocalProtocolError: Not now, or not so; a conversation that was not over fails with it.
             TransportError: It may or may not have arrived.
         """
+        self.say_later(message)
+        await self.send_bytes(b"")
+
+    def say_later(self, message: Message) -> None:
+        """Say *message* together with whatever is said next, in this order: one write where each would be a delay.
+
+        Raises: LocalProtocolError: as `send`.
+        """
         was_over = self.session.is_over
         try:
-            encoded = self.session.send(message)
+            self._unsent += self.session.send(message)
         except LocalProtocolError as exc:
             if not was_over:
                 self._owes_reason = True
                 self.fail(exc)
             raise
-        await self.send_bytes(encoded)
 
     async def send_bytes(self, encoded: bytes) -> None:
         """Put on the wire what `session.send` gave (apart, for what must happen in between)."""
+        self._unsent += encoded
         async with self._send_lock:
+            waiting, self._unsent = self._unsent, bytearray()
+            if not waiting:
+                return  # somebody else has just sent it
             with (
                 map_tls_errors(f"sending to the {self.role.peer}", late="stalled"),
                 trio.fail_after(self._limits.send_s),
             ):
-                await self._send_whole(encoded)
+                await self._send_whole(bytes(waiting))
 
     async def _send_whole(self, encoded: bytes) -> None:
         """Send; when cancelled in the middle of it, go on for a moment. Half a TLS record would break the stream, and

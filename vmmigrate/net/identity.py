@@ -56,6 +56,7 @@ class Call(Enum):
     MIGRATE = "migrate"
     MIGRATION_READ = "migration_read"
     MIGRATION_CANCEL = "migration_cancel"
+    MIGRATION_ADJUST = "migration_adjust"
     SIDE = "side"
     SIDE_SETTLE = "side_settle"
     SUPERSEDE = "supersede"
@@ -71,6 +72,7 @@ _COMMANDS: Final = frozenset(
         Call.MIGRATE,
         Call.MIGRATION_READ,
         Call.MIGRATION_CANCEL,
+        Call.MIGRATION_ADJUST,
         Call.SIDE,
         Call.RESOLVE,
     }

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import trio
 
 from vmmigrate.errors import RemoteProtocolError
-from vmmigrate.memory import PAGE_SIZE, RamLayout, Runs
+from vmmigrate.memory import PAGE_SIZE, RamLayout, Runs, pages_in
 from vmmigrate.net.links import ReceiveLink
 from vmmigrate.net.threads import open_group, run_joined
 from vmmigrate.ram.digest import Digests, PageHash
@@ -30,7 +30,6 @@ from vmmigrate.ram.records import (
     RecordHeader,
     RecordKind,
     index_of,
-    pages_in,
     unpack_header,
     unpack_runs,
 )
@@ -47,7 +46,7 @@ class Landing:
     Attributes:
         table: Digest of every page as it landed.
         written: Which pages were ever written here, if only in part.
-        fresh: Which pages have landed whole since the last applied round.
+        fresh: Which pages have landed whole since the source was last told.
         breach: What came was forged or illegal. Then nothing here is to be used, whatever else failed meanwhile.
     """
 

@@ -10,20 +10,20 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from vmmigrate.memory import PageBitmap, RamLayout, Runs, split_runs
+from vmmigrate.memory import PageBitmap, RamLayout, Runs, pages_in, runs_of_pages, split_runs
 from vmmigrate.net.links import SendLink
-from vmmigrate.net.threads import open_group, run_joined
+from vmmigrate.net.threads import run_all_joined
 from vmmigrate.ram.delta import DeltaCache
 from vmmigrate.ram.digest import Digests, PageHash
 from vmmigrate.ram.encoding import RAW, WORD_OF, ZERO, Encoded, Packer, Tally
-from vmmigrate.ram.offer import cut_at, groups, runs_of_pages, runs_per_stream
+from vmmigrate.ram.offer import cut_at, groups, runs_per_stream
 from vmmigrate.ram.records import (
     MAX_RECORD_PAGES,
     MAX_ZERO_RUNS,
@@ -33,7 +33,6 @@ from vmmigrate.ram.records import (
     RecordKind,
     index_of,
     pack_runs,
-    pages_in,
 )
 from vmmigrate.ram.worth import Worth
 
@@ -41,6 +40,7 @@ Pages = npt.NDArray[np.uint64]  # guest RAM, shape (pages, 512)
 Numbers = npt.NDArray[np.int64]
 
 _MOST_ZEROS_KEPT = 1 << 16
+_DEALT_OUT_AT_ONCE_PAGES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,11 +317,19 @@ class BulkSource:
         """
         before = (self.pages_done, self.zero_pages, self.bytes_sent)
         self._break_off.clear()
-        shares = await trio.to_thread.run_sync(self._deal_out, pages)
-        left: list[Runs] = []
-        async with open_group() as nursery:
-            for sender, runs in zip(self._senders, shares, strict=True):
-                nursery.start_soon(self._send_stream, sender, runs, round_number, last, left)
+        if pages.count() > _DEALT_OUT_AT_ONCE_PAGES:
+            shares = await trio.to_thread.run_sync(self._deal_out, pages)
+        else:
+            shares = self._deal_out(pages)
+        stop = None if last else self._break_off
+        left = await run_all_joined(
+            [
+                partial(sender.send_round, runs, round_number, last=last, break_off=stop)
+                for sender, runs in zip(self._senders, shares, strict=True)
+            ],
+            end=self._shut_down,
+            limiter=self._limiter,
+        )
         records = tuple(sender.records_at_barrier for sender in self._senders)
         after = (self.pages_done, self.zero_pages, self.bytes_sent)
         done, zeros, sent = (new - old for new, old in zip(after, before, strict=True))
@@ -331,17 +339,9 @@ class BulkSource:
         """What each stream sends. Over a large guest this takes a while: not for the event loop."""
         return [cut_at(runs, self._cuts) for runs in runs_per_stream(pages, len(self._senders))]
 
-    async def _send_stream(
-        self, sender: StreamSender, runs: Runs, round_number: int, last: bool, left: list[Runs]
-    ) -> None:
-        stop = None if last else self._break_off
-        left.append(
-            await run_joined(
-                lambda: sender.send_round(runs, round_number, last=last, break_off=stop),
-                end=sender.link.shutdown,
-                limiter=self._limiter,
-            )
-        )
+    def _shut_down(self) -> None:
+        for sender in self._senders:
+            sender.link.shutdown()
 
     def _unsent(self, left: list[Runs]) -> PageBitmap | None:
         if not any(map(len, left)):
@@ -350,8 +350,8 @@ class BulkSource:
 
     def close(self) -> None:
         """Close all links. No thread uses them any more: every send joins its thread before it returns."""
+        self._shut_down()
         for sender in self._senders:
-            sender.link.shutdown()
             sender.link.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 import trio
@@ -11,6 +11,48 @@ import trio
 from vmmigrate.errors import VmMigrateError
 
 T = TypeVar("T")
+
+
+async def run_all_joined(
+    works: Sequence[Callable[[], T]], *, end: Callable[[], None], limiter: trio.CapacityLimiter | None = None
+) -> list[T]:
+    """Run *works* at once, each in a thread; their results, in order.
+
+    When cancelled, or when one of them fails, call *end*, perhaps more than once, which must make all of them return,
+    and wait until they have: as `run_joined`, with fewer tasks.
+    """
+    results: dict[int, T] = {}
+    is_over = False
+
+    async def end_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            if not is_over:
+                end()
+
+    async def run(index: int) -> None:
+        try:
+            results[index] = await trio.to_thread.run_sync(works[index], limiter=limiter)
+        except BaseException:
+            end()
+            raise
+
+    async with open_group() as watch:
+        watch.start_soon(end_when_cancelled)
+        try:
+            with trio.CancelScope(shield=True):
+                async with open_group() as group:
+                    for index in range(len(works)):
+                        group.start_soon(run, index)
+        except VmMigrateError:
+            # Work that was ended fails: that is how it ends, not what went wrong.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            raise
+        finally:
+            is_over = True
+        watch.cancel_scope.cancel()
+    return [results[index] for index in range(len(works))]
 
 
 async def run_joined(

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from vmmigrate.memory import PageBitmap, Runs, split_runs
 from vmmigrate.ram.records import MAX_RECORD_PAGES, STRIPE_PAGES
@@ -50,13 +49,3 @@ def groups(runs: Runs, max_pages: int = MAX_RECORD_PAGES) -> Iterator[Runs]:
         yield runs[start:end]
         sent = int(ends[end - 1])
         start = end
-
-
-def runs_of_pages(pages: npt.NDArray[np.int64]) -> Runs:
-    """Ascending page numbers as maximal runs."""
-    if not len(pages):
-        return np.empty((0, 2), dtype=np.int64)
-    breaks = np.flatnonzero(np.diff(pages) != 1) + 1
-    starts = np.concatenate([[0], breaks])
-    ends = np.concatenate([breaks, [len(pages)]])
-    return np.stack([pages[starts], ends - starts], axis=1)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmmigrate.errors import RemoteProtocolError
-from vmmigrate.memory import PAGE_SIZE, RamLayout, Runs
+from vmmigrate.memory import PAGE_SIZE, RamLayout, Runs, pages_in
 
 HEADER = struct.Struct("!BBHIIQ")
 _RUN = struct.Struct("!QI")
@@ -152,13 +152,6 @@ def _unpack_run(
         raise RemoteProtocolError(f"bulk record: a page run that is not of stream {stream}", code="bad_record")
     _check_payload(header, count)
     return np.array([(run.first_page, count)], dtype=np.int64)
-
-
-def pages_in(runs: Runs) -> npt.NDArray[np.int64]:
-    """The page numbers of *runs*, one by one."""
-    counts = runs[:, 1]
-    starts = np.repeat(runs[:, 0] - (np.cumsum(counts) - counts), counts)
-    return starts + np.arange(len(starts))
 
 
 def index_of(runs: Runs) -> slice | npt.NDArray[np.int64]:

@@ -14,8 +14,8 @@ from vmmigrate.wire.messages import Offer
 
 PROTOCOL_VERSIONS: tuple[int, ...] = (1,)
 TRANSPORTS: tuple[str, ...] = ("sealed", "tls")
-ENCODINGS: tuple[str, ...] = ("raw", "zero")
-DIGESTS: tuple[str, ...] = ("multilinear-64",)
+ENCODINGS: tuple[str, ...] = ("raw", "zero", "zstd", "delta")
+DIGESTS: tuple[str, ...] = ("multilinear-64-tree", "multilinear-64")
 MAX_STREAMS = 16
 
 

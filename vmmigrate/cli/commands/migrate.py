@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
-from vmmigrate.cli.options import NO_TLS, ClientTls, OutputOption, Repeated, Switch
+from vmmigrate.cli.moveoptions import (
+    NO_BACKENDS,
+    USUAL_PAUSING,
+    USUAL_SENDING,
+    Backends,
+    FromOption,
+    Pausing,
+    Sending,
+    ToOption,
+    order_of,
+)
+from vmmigrate.cli.options import NO_TLS, ClientTls, OutputOption
 
 
 def migrate(
     instance_id: Annotated[str, Parameter(name="INSTANCE", help="The instance's id.")],
     /,
     *,
-    from_url: Annotated[str, Parameter(name="--from", help="The source's daemon: https://HOST:PORT.")],
-    to_url: Annotated[str, Parameter(name="--to", help="The destination's daemon.")],
-    replace: Annotated[
-        Path | None, Parameter(help="The destination's own backends: a JSON object by component id (docs/cli.md).")
-    ] = None,
-    keep: Annotated[
-        list[str] | None, Repeated, Parameter(help="A backend to take over as it is; * for all that are not replaced.")
-    ] = None,
-    allow_same_generation: Annotated[bool, Switch, Parameter(help="Of Crucible volumes; both may write.")] = False,
-    allow_volume_change: Annotated[bool, Switch, Parameter(help="Do not compare Crucible volumes at all.")] = False,
-    downtime_ms: Annotated[int, Parameter(help="Pause the guest only when that is forecast to be enough.")] = 300,
-    timeout_s: Annotated[float, Parameter(help="For everything before the guest is given away.")] = 3600.0,
-    streams: Annotated[int, Parameter(help="TCP streams for RAM; the destination may allow fewer.")] = 2,
-    verify: Annotated[
-        Literal["digest", "full"], Parameter(help="full: both sides also hash all of RAM during the pause.")
-    ] = "digest",
-    max_rounds: Annotated[int, Parameter(help="Give up after so many rounds that did not get short enough.")] = 30,
-    force: Annotated[bool, Switch, Parameter(help="Then pause anyway, however long it takes.")] = False,
+    from_url: FromOption,
+    to_url: ToOption,
+    backends: Backends = NO_BACKENDS,
+    pausing: Pausing = USUAL_PAUSING,
+    sending: Sending = USUAL_SENDING,
     watch: Annotated[bool, Parameter(help="Wait for the outcome; otherwise print the id and leave.")] = True,
     output: OutputOption = "text",
     tls: ClientTls = NO_TLS,
@@ -46,25 +43,11 @@ def migrate(
     vmmigrate migrate web-1 --from https://host-a:7441 --to https://host-b:7441 --replace host-b.json
 
     vmmigrate migrate web-1 --from https://host-a:7441 --to https://host-b:7441 --downtime-ms 50 --verify full -o json
+
+    vmmigrate migrate db-1 --from https://host-a:7441 --to https://host-b:7441 --auto-converge --bandwidth-mib-s 400
     """
     from vmmigrate.cli import migrating
     from vmmigrate.cli.connect import tls_files
-    from vmmigrate.cli.moving import Order
-    from vmmigrate.cli.requests import read_text
 
-    order = Order(
-        instance_id=instance_id,
-        replacements="{}" if replace is None else read_text(replace),
-        keep=keep or (),
-        allow_same_generation=allow_same_generation,
-        allow_volume_change=allow_volume_change,
-        options={
-            "downtime_ms": downtime_ms,
-            "timeout_s": timeout_s,
-            "streams": streams,
-            "verify": verify,
-            "max_rounds": max_rounds,
-            "force": force,
-        },
-    )
+    order = order_of(instance_id, backends, pausing, sending)
     return migrating.run(from_url, to_url, tls_files(tls), order, watch=watch, as_json=output == "json")

@@ -63,6 +63,52 @@ def cancel(
 
 
 @app.command
+def adjust(
+    migration_id: MigrationId,
+    /,
+    *,
+    url: UrlOption,
+    downtime_ms: Annotated[int | None, Parameter(help="Pause only when the forecast is at most this.")] = None,
+    timeout_s: Annotated[float | None, Parameter(help="Counted from the beginning of the migration.")] = None,
+    on_timeout: Annotated[Literal["cancel", "force"] | None, Parameter(help="What then.")] = None,
+    max_rounds: Annotated[int | None, Parameter(help="Rounds without a prospect; those that were count.")] = None,
+    force: Annotated[bool | None, Parameter(help="Then pause anyway.")] = None,
+    auto_converge: Annotated[bool | None, Parameter(help="Throttle the guest when it does not converge.")] = None,
+    bandwidth_mib_s: Annotated[int | None, Parameter(help="MiB per second over all streams; 0: no limit.")] = None,
+    output: OutputOption = "text",
+    tls: ClientTls = NO_TLS,
+) -> int:
+    """Change the limits of a migration while it runs; at its source. What is not named stays as it is.
+
+    For example:
+
+    vmmigrate migration adjust 7f9c24e5-1b2c-4d3e-8f90-a1b2c3d4e5f6 --url https://host-a:7441 --downtime-ms 800
+
+    vmmigrate migration adjust 7f9c24e5-1b2c-4d3e-8f90-a1b2c3d4e5f6 --url https://host-a:7441 --bandwidth-mib-s 0
+    --auto-converge
+    """
+    from vmmigrate.cli.connect import ask_host
+    from vmmigrate.errors import UsageError
+
+    wanted = {
+        "downtime_ms": downtime_ms,
+        "timeout_s": timeout_s,
+        "on_timeout": on_timeout,
+        "max_rounds": max_rounds,
+        "force": force,
+        "auto_converge": auto_converge,
+        "bandwidth_mib_s": bandwidth_mib_s,
+    }
+    changes = {name: value for name, value in wanted.items() if value is not None}
+    if not changes:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in wanted)
+        raise UsageError(f"nothing to adjust was named; there are {options}", code="bad_option")
+    path = f"/v1/migrations/{_quoted(migration_id)}:adjust"
+    _show(ask_host(url, tls, lambda client: client.post(path, changes)), output)
+    return 0
+
+
+@app.command
 def side(
     migration_id: MigrationId, /, *, url: UrlOption, output: OutputOption = "text", tls: ClientTls = NO_TLS
 ) -> int:

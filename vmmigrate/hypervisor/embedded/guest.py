@@ -109,6 +109,12 @@ class Operations:
         exported = self._machine.export_devices(versions)
         return [[p.instance_name, p.kind, p.version, p.body, p.optional] for p in exported]
 
+    def op_rehearse_export(self, versions: dict[str, int]) -> list[bytes]:
+        return self._machine.rehearse_export(versions)
+
+    def op_throttle(self, percent: int) -> None:
+        self._machine.throttle(percent)
+
     def op_import_devices(self, payloads: list[list[Any]]) -> list[list[str]]:
         return self._machine.import_devices([DevicePayload(*payload) for payload in payloads])
 

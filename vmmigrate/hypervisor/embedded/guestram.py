@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor import kernel
-from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, flags_of
 
 WORDS_PER_PAGE = PAGE_SIZE // 8
 _CLEAR_PAGES = 1024
@@ -108,7 +108,7 @@ class GuestMemory:
 
     def populated(self) -> npt.NDArray[np.bool_]:
         """One boolean per page: was it ever touched."""
-        return kernel.flags_of(self.layout.pages, kernel.populated_runs(self.fd, self.layout.size_bytes))
+        return flags_of(self.layout.pages, kernel.populated_runs(self.fd, self.layout.size_bytes))
 
     def close(self) -> None:
         for fd in (self.fd, self.uffd):

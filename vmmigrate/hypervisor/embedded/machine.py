@@ -38,6 +38,7 @@ from vmmigrate.hypervisor.embedded.witness import Witness
 VCPU_NAME: Final = "vcpu-0"  # one processor state, however many processors the plan names
 GUEST_FREQ_HZ: Final = 1_000_000_000
 SLICE_NS: Final = 300_000
+MAX_THROTTLE_PERCENT: Final = 99
 _STRAY_CHECK_PAGES: Final = 128
 
 
@@ -46,6 +47,7 @@ class Machine:
 
     Attributes:
         running: Whether the vCPU executes.
+        throttle_percent: How much of the time it is held although it runs.
         is_off: The guest has powered itself off: it never runs again, and holds no disk open.
         last_record: The highest record number of journal `last_journal` that a daemon told.
     """
@@ -73,6 +75,16 @@ class Machine:
         self._program = load_program(name, parameters, self._around)
         self._awaits_import = for_migration
         self._has_run = False
+        self.throttle_percent = 0
+        self._throttled_ticks = 0
+        if for_migration:
+            self._rehearse_import()
+
+    def _rehearse_import(self) -> None:
+        """Check a list of devices that is applied to nothing. What code does for the first time takes several times as
+        long, and the next time is within the pause of a guest."""
+        devices = self._devices_to_rehearse()
+        check_import(self._expected(devices), self._exported({}, devices))
 
     def _make_devices(self) -> list[machine_devices.Device]:
         layout = self.memory.layout
@@ -97,6 +109,11 @@ class Machine:
         now_ns = time.monotonic_ns()
         self._heartbeat.beat(now_ns)
         self._witness.beat(self._heartbeat.counter, now_ns)
+        self._throttled_ticks += self.throttle_percent
+        if self._throttled_ticks >= 100:
+            self._throttled_ticks -= 100
+            self._program.stand_still()
+            return
         deed = self._program.work(self._heartbeat.counter, now_ns + SLICE_NS)
         if deed is not None:
             self._do(deed)
@@ -161,6 +178,16 @@ class Machine:
 
     def pause(self) -> None:
         self.running = False
+
+    def throttle(self, percent: int) -> None:
+        """Leave out so many of a hundred slices of work, evenly spread. The heartbeat goes on.
+
+        Raises: HypervisorError `bad_throttle`.
+        """
+        if not 0 <= percent <= MAX_THROTTLE_PERCENT:
+            text = f"a throttle of {percent} %, allowed are 0 to {MAX_THROTTLE_PERCENT}"
+            raise HypervisorError(text, code="bad_throttle")
+        self.throttle_percent = percent
 
     def pause_for_handoff(self, migration_id: str) -> None:
         """Pause, and let go of disks and NICs so that another host may open them.
@@ -262,6 +289,7 @@ class Machine:
             "ran_epoch": list(self._epoch_run),
             "backends_open": self._backends_open,
             "handoff": self._handoff,
+            "throttle_percent": self.throttle_percent,
             "program": {**program, "moves": self._moves, "announcements": announcements},
         }
 
@@ -363,13 +391,24 @@ class Machine:
         """Each kind in the version of *versions*, its newest when it is not named."""
         self._check_migratable()
         self._check_paused("devices")
-        exported = [(device.name, kind, state) for device in self._devices for kind, state in device.export().items()]
+        return self._exported(versions, self._devices)
+
+    def rehearse_export(self, versions: Mapping[str, int]) -> list[bytes]:
+        """What an export would give just now; the guest may run."""
+        return [payload.body for payload in self._exported(versions, self._devices_to_rehearse())]
+
+    def _devices_to_rehearse(self) -> list[machine_devices.Device]:
+        """All but the one that counts how often it is asked."""
+        return [device for device in self._devices if not isinstance(device, machine_devices.FailureInjector)]
+
+    def _exported(self, versions: Mapping[str, int], devices: Sequence[machine_devices.Device]) -> list[DevicePayload]:
+        exported = [(device.name, kind, state) for device in devices for kind, state in device.export().items()]
         everything = [(VCPU_NAME, "embedded-vcpu", self._vcpu()), *exported]
         return [registry.encode(name, kind, state, version=versions.get(kind)) for name, kind, state in everything]
 
-    def _expected(self) -> list[ExpectedDevice]:
+    def _expected(self, devices: Sequence[machine_devices.Device]) -> list[ExpectedDevice]:
         vcpu = ExpectedDevice(VCPU_NAME, ("embedded-vcpu",), check=self._vcpu_problems)
-        return [vcpu, *(device.expected() for device in self._devices)]
+        return [vcpu, *(device.expected() for device in devices)]
 
     def _vcpu(self) -> EmbeddedVcpuV1:
         progress = self._program.progress
@@ -394,7 +433,7 @@ class Machine:
             PayloadError: With every problem; nothing was applied.
         """
         self._check_importable()
-        plan = check_import(self._expected(), payloads)
+        plan = check_import(self._expected(self._devices), payloads)
         for device in self._devices:
             if isinstance(device, machine_devices.FailureInjector):
                 device.maybe_fail_import()

@@ -39,6 +39,7 @@ def status_from_map(tree: dict[str, Any]) -> GuestStatus:
         backends_open=tree["backends_open"],
         program=tree["program"],
         handoff=tree["handoff"],
+        throttle_percent=tree.get("throttle_percent", 0),  # a guest of a release before had none
     )
 
 

@@ -91,6 +91,9 @@ class Program(Protocol):
         """A slice of work, over by *deadline_ns* (CLOCK_MONOTONIC) or one small batch later; what the guest then does
         to its machine."""
 
+    def stand_still(self) -> None:
+        """A slice was left out: the time since the last one is not made up for."""
+
     def own_pages(self) -> Numbers:
         """All pages that this program writes, ascending."""
 
@@ -114,6 +117,9 @@ class Idle:
         if heartbeat % _CONSOLE_PERIOD_BEATS == 0 and self._around.uarts:
             self._around.uarts[0].guest_write(f"heartbeat {heartbeat}\r\n".encode())
         return self._obey_keys() if self.parameters.get("power_keys", False) else None
+
+    def stand_still(self) -> None:
+        """There is nothing that time adds up to."""
 
     def _obey_keys(self) -> Deed | None:
         """The first deed among the keys that were typed; the others are dropped."""
@@ -181,6 +187,9 @@ class Stress(Idle):
         if self._disk is not None and heartbeat % _DISK_PERIOD_BEATS == 0:
             self._write_block(self._disk)
         return deed
+
+    def stand_still(self) -> None:
+        self._last_ns = time.monotonic_ns()
 
     def _fill_some(self, deadline_ns: int) -> None:
         while self.progress.filled_pages < len(self._pages) and time.monotonic_ns() < deadline_ns:

@@ -35,6 +35,7 @@ class MappedRam:
         self.layout = layout
         self.fd = fd
         self._writable = writable
+        self._retired: ctypes.Array[ctypes.c_ubyte] | None = None  # held: nobody else may be given its addresses
         self._address = kernel.map_file(fd, layout.size_bytes, writable=writable)
         self._mapping: ctypes.Array[ctypes.c_ubyte] | None = _exported(self._address, layout.size_bytes)
 
@@ -50,7 +51,7 @@ class MappedRam:
     def populated(self) -> PageBitmap:
         """Pages that were ever touched. Blocks for about 1 µs per extent: call it in a thread."""
         runs = kernel.populated_runs(self.fd, self.layout.size_bytes)
-        return PageBitmap.from_flags(kernel.flags_of(self.layout.pages, runs))
+        return PageBitmap.from_runs(self.layout.pages, runs)
 
     def punch(self, pages: PageBitmap) -> None:
         """Give pages back; they read as zero. Blocks: call it in a thread.
@@ -66,16 +67,32 @@ class MappedRam:
             raise HypervisorError(f"cannot give pages back: {exc.strerror}", code="ram_punch") from exc
 
     def make_read_only(self) -> None:
-        """From now on only the guest's process writes. Views handed out before lose their permission in the kernel
-        too: whoever still writes through one faults, rather than changing the RAM of a running guest. Idempotent.
+        """From now on only the guest's process writes.
+
+        The writable mapping is not protected but replaced: to protect every page of it takes as long as a pause may
+        last, and a mapping that nobody has used yet costs nothing. `drop_retired` takes the old one down.
+
+        Raises: HypervisorError `ram_map`: there is no room for another mapping; nothing has changed.
         """
-        if self._writable:
-            self._mapped()
-            kernel.protect_read_only(self._address, self.layout.size_bytes)
-            self._writable = False
+        if not self._writable:
+            return
+        try:
+            address = kernel.map_file(self.fd, self.layout.size_bytes, writable=False)
+        except OSError as exc:
+            raise HypervisorError(f"cannot map guest RAM: {exc}", code="ram_map") from exc
+        self._retired, self._mapping = self._mapped(), _exported(address, self.layout.size_bytes)
+        self._address, self._writable = address, False
+
+    def drop_retired(self) -> None:
+        """Whoever still writes through a view of it writes to nothing, rather than to the RAM of a running guest."""
+        retired, self._retired = self._retired, None
+        if retired is not None:
+            with contextlib.suppress(OSError):  # no memory for it: the last view unmaps
+                kernel.map_nothing(ctypes.addressof(retired), self.layout.size_bytes, writable=True)
 
     def close(self) -> None:
         """Unmap: views that somebody still holds read zeros from now on. Blocks while page tables go."""
+        self.drop_retired()
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
             os.close(self.fd)

@@ -200,6 +200,13 @@ class EmbeddedGuest:
         exported = await self.request("export_devices", versions=dict(versions))
         return tuple(DevicePayload(*payload) for payload in exported)
 
+    async def rehearse_export(self, versions: Mapping[str, int]) -> int:
+        exported = await self.request("rehearse_export", versions=dict(versions))
+        return sum(len(body) for body in exported)
+
+    async def throttle(self, percent: int) -> None:
+        await self.request("throttle", percent=percent)
+
     async def import_devices(self, payloads: Sequence[DevicePayload]) -> tuple[tuple[str, str], ...]:
         """Gives back the optional payloads that were skipped, as (device, kind)."""
         listed = [[p.instance_name, p.kind, p.version, p.body, p.optional] for p in payloads]
@@ -233,6 +240,11 @@ class EmbeddedGuest:
         return gaps
 
     # -- ending ----------------------------------------------------------------------------------------------------
+
+    def release_ram(self) -> GuestRam:
+        assert self._mapped is not None
+        released, self._mapped = self._mapped, None
+        return released
 
     async def destroy(self) -> bool:
         """Kill the process, wait until it is gone, free what belonged to it. Runs to its end even when cancelled."""

@@ -1,0 +1,186 @@
+"""Plan a migration: everything up to the first rounds is done for real, measured, and then called off.
+
+Both hosts negotiate, the destination builds the guest, and a part of RAM travels, so whatever would be refused is
+refused, and what is measured is what a migration would meet. The guest is never paused. Meanwhile its marks are taken
+at short intervals: unions of neighbouring ones tell how many different pages it writes within times of many lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import structlog
+import trio
+
+from vmmigrate.engine.agreement import Agreed
+from vmmigrate.engine.copying import Copy, begin_copy, run_round
+from vmmigrate.engine.outgoing import SourceMigration
+from vmmigrate.errors import HypervisorError, MigrationCancelled
+from vmmigrate.memory import PAGE_SIZE, PageBitmap
+from vmmigrate.net.channel import Channel
+from vmmigrate.net.sending import BulkSource
+from vmmigrate.net.threads import open_group
+from vmmigrate.ram.convergence import Convergence, Estimate, Limits
+from vmmigrate.ram.forecast import DirtyCurve, MigrationForecast, simulate
+
+log = structlog.get_logger(__name__)
+
+_PROBE_S: Final = 1.0  # for RAM to travel
+_INTERVAL_S: Final = 0.05
+_INTERVALS: Final = 32
+_EMPTY_ROUNDS: Final = 3
+_STEADY: Final = 0.2  # measurements that differ by less
+_UNSTEADY: Final = 0.5
+_AMPLE: Final = 1.5  # of the time that is forecast
+_AMPLE_PAUSE: Final = 1.2
+
+
+async def plan_out(channel: Channel, bulk: BulkSource, agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
+    """Measure, forecast, put it into the record, and call the migration off.
+
+    Raises: MigrationCancelled, always.
+    """
+    await begin_copy(agreed, copy, migration)
+    assert copy.pending is not None
+    everything = copy.pending
+    marks: list[PageBitmap] = []
+    async with open_group() as beside:
+        beside.start_soon(_take_marks, marks, migration)
+        zero_share = await _probe(channel, bulk, copy, migration)
+    with contextlib.suppress(HypervisorError):
+        await migration.live.stop_tracking()
+    measured = _Measured(
+        first_pages=everything.count(),
+        zero_share=zero_share,
+        curve=DirtyCurve(_windows(marks), migration.live.ram.layout.pages),
+        judge=copy.judge,
+        dirty_pages=[taken.count() for taken in marks],
+    )
+    migration.record.plan = _plan_of(measured, migration.steering.limits, migration.steering.options.timeout_s)
+    log.info("migration.planned", migration=migration.migration_id)
+    raise MigrationCancelled("it was to be planned, and nothing was to move")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was seen. `dirty_pages`: how many in each interval; `zero_share`: of the pages that travelled."""
+
+    first_pages: int
+    zero_share: float
+    curve: DirtyCurve
+    judge: Convergence
+    dirty_pages: Sequence[int]
+
+    def forecast(self, limits: Limits) -> MigrationForecast:
+        judge = Convergence(self.judge.fixed_s, replace(self.judge.rate), replace(self.judge.overhead_s))
+        zeros = int(self.first_pages * self.zero_share)
+        return simulate(self.first_pages, self.curve, judge, limits, zero_pages=zeros)
+
+
+async def _take_marks(marks: list[PageBitmap], migration: SourceMigration) -> None:
+    for _ in range(_INTERVALS):
+        await trio.sleep(_INTERVAL_S)
+        marks.append(await migration.live.take_dirty())
+
+
+async def _probe(channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration) -> float:
+    """Send RAM for a while, then some empty rounds; the share of zero pages."""
+
+    async def break_off() -> None:
+        await trio.sleep(_PROBE_S)
+        bulk.break_off()
+
+    async with open_group() as timer:
+        timer.start_soon(break_off)
+        sent = await run_round(channel, bulk, copy, migration)
+        timer.cancel_scope.cancel()
+    for _ in range(_EMPTY_ROUNDS):
+        copy.pending = PageBitmap(migration.live.ram.layout.pages)
+        await run_round(channel, bulk, copy, migration)
+    return sent.zero_pages / max(sent.pages, 1)
+
+
+def _windows(marks: Sequence[PageBitmap]) -> list[tuple[float, int]]:
+    """How many different pages were written within one interval, two, four, ...: (seconds, pages)."""
+    samples, unions, seconds = list[tuple[float, int]](), list(marks), _INTERVAL_S
+    while unions:
+        samples.append((seconds, round(float(np.mean([union.count() for union in unions])))))
+        unions = [unions[i] | unions[i + 1] for i in range(0, len(unions) - 1, 2)]
+        seconds *= 2
+    return samples
+
+
+# --------------------------------------------------------------------------- what is told
+
+
+def _plan_of(measured: _Measured, limits: Limits, timeout_s: float) -> dict[str, Any]:
+    """The plan as programs get it (docs/contracts/plan.json)."""
+    forecast, judge = measured.forecast(limits), measured.judge
+    in_time = forecast.total_s <= timeout_s
+    interval_dirty = float(np.mean(measured.dirty_pages)) * PAGE_SIZE / _INTERVAL_S
+    return {
+        "converges": forecast.converges,
+        "in_time": in_time,
+        "rounds": len(forecast.rounds),
+        "ram_bytes": forecast.ram_bytes,
+        "total_s": forecast.total_s,
+        "pause_s": forecast.pause.total_s,
+        "pause_parts_s": {
+            "fixed": forecast.pause.fixed_s,
+            "overhead": forecast.pause.overhead_s,
+            "pages": forecast.pause.pages_s,
+        },
+        "limit_s": limits.downtime_s,
+        "rate_bytes_per_s": int(judge.rate.mean),
+        "dirty_rate_bytes_per_s": int(interval_dirty),
+        "working_set_bytes": measured.curve.pages(_INTERVAL_S * _INTERVALS) * PAGE_SIZE,
+        "confidence": _confidence(measured),
+        "would_help": _remedies(measured, limits, forecast, in_time),
+    }
+
+
+def _confidence(measured: _Measured) -> dict[str, Any]:
+    """How steady what was measured was; a guest that changes its ways cannot be foretold."""
+    dirty = _spread(measured.dirty_pages)
+    rate: Estimate = measured.judge.rate
+    link = rate.deviation / rate.mean if rate.mean else math.inf
+    worst = max(dirty, link)
+    word = "high" if worst < _STEADY else "medium" if worst < _UNSTEADY else "low"
+    return {"word": word, "dirty_rate_spread": round(dirty, 3), "link_spread": round(min(link, 1e6), 3)}
+
+
+def _spread(values: Sequence[int]) -> float:
+    """How far eighths of the time differ from the whole, as a part of it; 0 when hardly anything was written."""
+    if len(values) < 8 or sum(values) <= 8 * len(values):
+        return 0.0
+    means = np.asarray(values[: len(values) // 8 * 8], dtype=np.float64).reshape(8, -1).mean(axis=1)
+    return float(means.std() / means.mean())
+
+
+def _remedies(measured: _Measured, limits: Limits, forecast: MigrationForecast, in_time: bool) -> list[dict[str, Any]]:
+    """Options with which it would converge, or end, and what it would then be like; none if none is needed."""
+    found = list[dict[str, Any]]()
+
+    def would_end(options: dict[str, Any], would: MigrationForecast) -> None:
+        found.append({"options": options, "total_s": would.total_s, "pause_s": would.pause.total_s})
+
+    if not in_time:
+        would_end({"timeout_s": math.ceil(forecast.total_s * _AMPLE)}, forecast)
+    if forecast.converges:
+        return found
+    longer_ms = math.ceil(forecast.pause.total_s * _AMPLE_PAUSE * 1000)
+    tried: list[tuple[dict[str, Any], Limits]] = [
+        ({"auto_converge": True}, replace(limits, auto_converge=True)),
+        ({"downtime_ms": longer_ms}, replace(limits, downtime_s=longer_ms / 1000)),
+    ]
+    for options, changed in tried:
+        would = measured.forecast(changed)
+        if would.converges:
+            would_end(options, would)
+    would_end({"force": True}, forecast)
+    return found
