@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vmmigrate.errors import HypervisorError
-from vmmigrate.hypervisor.embedded.rammap import MappedRam
-from vmmigrate.memory import PAGE_SIZE, RamLayout
+from vmmigrate.hypervisor import kernel
+from vmmigrate.hypervisor.embedded.rammap import HUGE_BYTES, MappedRam, probe_huge_pages
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
 
 PAGES = 16
 NAME = "vmmigrate-test-of-rammap"
@@ -89,3 +91,62 @@ def test_ram_is_written_and_read_through_its_views_until_it_is_made_read_only(me
         ram.view[:4] = b"efgh"
     ram.close()
     ram.close()
+
+
+def test_populating_keeps_what_is_there(memory: int) -> None:
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
+    ram.punch(PageBitmap.from_runs(PAGES, np.array([[4, 8]])))
+    assert ram.populated().count() == PAGES - 8
+
+    ram.populate(2, 6)
+
+    assert ram.populated().page_numbers().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
+    assert ram.pages[:4].all()
+    assert not ram.pages[4:8].any()
+    ram.close()
+
+
+def test_ram_of_a_guest_that_runs_is_neither_populated_nor_punched(memory: int) -> None:
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
+    ram.make_read_only()
+
+    for change in (lambda: ram.populate(0, 1), lambda: ram.punch(PageBitmap.full(PAGES))):
+        with pytest.raises(HypervisorError) as refusal:
+            change()
+        assert refusal.value.code == "ram_read_only"
+
+    assert ram.pages.all()
+    ram.close()
+
+
+def test_what_is_asked_of_the_file_after_closing_is_refused(memory: int) -> None:
+    """Its number may be another guest's by then."""
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
+    ram.close()
+
+    for use in (ram.populated, lambda: ram.populate(0, 1), lambda: ram.punch(PageBitmap.full(PAGES))):
+        with pytest.raises(HypervisorError) as refusal:
+            use()
+        assert refusal.value.code == "guest_detached"
+
+
+def test_huge_pages_are_mapped_where_the_kernel_gives_them() -> None:
+    """What Capabilities say is what happens: asked for, and seen in the page tables."""
+    found = probe_huge_pages()
+    if not found.available:
+        pytest.skip(found.reason)
+    size_bytes = 4 * HUGE_BYTES
+    fd = os.memfd_create(NAME)
+    os.ftruncate(fd, size_bytes)
+    ram = MappedRam(fd, RamLayout.for_size(size_bytes), writable=True, huge_pages=True)
+
+    ram.populate(0, ram.layout.pages)
+
+    assert kernel.huge_bytes(ram.pages.ctypes.data, size_bytes) > 0
+    ram.close()
+
+
+def test_a_kernel_without_huge_pages_is_named_with_its_reason() -> None:
+    found = probe_huge_pages()
+
+    assert found.available or "shmem_enabled" in found.reason or "kernel" in found.reason

@@ -29,7 +29,8 @@ from tests.migration.fleet import (
     witnesses,
 )
 from tests.migration.holding import PATIENCE_S, HoldingHypervisor
-from vmmigrate.errors import VmMigrateError
+from vmmigrate.errors import HypervisorError, VmMigrateError
+from vmmigrate.hypervisor.base import GuestRam
 from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
 from vmmigrate.ownership.requests import DONE, REFUSALS, Request, Standing
 from vmmigrate.ownership.state import Holding, Outgoing
@@ -343,11 +344,15 @@ async def test_a_guest_that_dies_where_it_arrives_is_no_loss(tmp_path: Path, pos
 async def test_a_source_that_loses_its_copy_in_doubt_still_lets_the_guest_move(tmp_path: Path) -> None:
     """The one at the destination is the guest by then."""
     async with held_at(tmp_path, POSITIONS["in doubt"]) as moment:
-        await _kill(moment.fleet.hosts["alpha"], moment.instance)
+        alpha = moment.fleet.hosts["alpha"]
+        ram = alpha.guest(moment.instance).ram
+        await _kill(alpha, moment.instance)
+        await _wait_freed(ram)
 
         source, destination = await moment.outcomes()
 
         assert (source["outcome"], destination["outcome"]) == ("moved", "moved")
+        assert source["integrity"] == {"rehash": "not_done", "reason": "the guest process had ended"}
         await wait_heartbeats(moment.fleet.hosts["beta"], moment.instance)
         assert (await moment.fleet.hosts["alpha"].instance(moment.instance))["state"] == "elsewhere"
 
@@ -398,6 +403,16 @@ async def _end(host: RunningHost, instance: str, how: str) -> None:
         await _kill(host, instance)
     else:
         await _press(host, instance, "c")
+
+
+async def _wait_freed(ram: GuestRam) -> None:
+    with trio.fail_after(PATIENCE_S):
+        while True:
+            try:
+                ram.populated()
+            except HypervisorError:
+                return
+            await trio.sleep(0.01)
 
 
 async def _kill(host: RunningHost, instance: str) -> None:

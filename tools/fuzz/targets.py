@@ -137,9 +137,8 @@ def read_preamble(raw: bytes) -> None:
     """The body of a preamble, as far as a destination reads it by itself."""
     message = codec.decode(Frame(Kind.PREAMBLE, raw))
     assert isinstance(message, m.Preamble)
-    preamble.read_layout(message, 1 << 40)
+    preamble.read_extents(message, preamble.read_layout(message, 1 << 36))
     preamble.digest_blobs(message.blobs)
-    preamble.extent_bytes(message)
     chain.up(preamble.read_spec(message, chain.CHAIN.names))
 
 

@@ -10,11 +10,9 @@ from pathlib import Path
 
 from vmmigrate.daemon.config import Allow
 from vmmigrate.errors import SpecCreatableError
+from vmmigrate.hypervisor import headroom
 from vmmigrate.spec.chain import AnySpec
 from vmmigrate.spec.openings import AllowLists, refusals
-
-# What a guest needs beside its RAM, and what the host keeps for itself.
-_RESERVE_BYTES = 128 << 20
 
 
 def check_admissible(spec: AnySpec, allow: Allow, needed_bytes: int) -> None:
@@ -44,15 +42,6 @@ def _behind_links(path: str) -> str:
 
 
 def _memory_problems(needed_bytes: int) -> Iterator[str]:
-    available = available_bytes()
-    if needed_bytes + _RESERVE_BYTES > available:
+    available = headroom.available_bytes()
+    if needed_bytes + headroom.RESERVE_BYTES > available:
         yield f"the guest uses {needed_bytes >> 20} MiB of RAM, {available >> 20} MiB are available"
-
-
-def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Memory that the kernel says can be had without swapping."""
-    for line in meminfo.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return 0

@@ -492,6 +492,8 @@ class Host:
             "hypervisor_version": capabilities.version,
             "dirty_tracking": capabilities.dirty_tracking,
             "dirty_tracking_reason": capabilities.dirty_tracking_reason,
+            "huge_pages": capabilities.huge_pages.available,
+            "huge_pages_reason": capabilities.huge_pages.reason,
             "spec_versions": list(chain.CHAIN.names),
             "features": list(self.config.allow.features),
             "journal_id": self.journal.id,

@@ -10,6 +10,7 @@ import structlog
 from vmmigrate.daemon.adoption import find_guests, renew_older_copy
 from vmmigrate.daemon.host import Host, Instance, process_of
 from vmmigrate.daemon.migrations import Migrations
+from vmmigrate.engine.frozen import PENDING, not_hashed
 from vmmigrate.engine.limits import MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
 from vmmigrate.errors import HandoffInDoubt, HypervisorError, JournalError, VmMigrateError
@@ -33,6 +34,8 @@ async def recover(host: Host, migrations: Migrations) -> None:
     """
     _load_documents(host)
     for record in host.documents.load_records():
+        if record.get("integrity") == PENDING:
+            record["integrity"] = not_hashed("the daemon stopped before it was done")
         migrations.reports.past[record["migration_id"]] = record
     found = await find_guests(host)
     host.strays = dict(found.strays)

@@ -25,6 +25,7 @@ from vmmigrate.engine.incoming import Agreed, Arrival, DestinationMigration, Han
 from vmmigrate.engine.landing import Arriving, bulk_streams, receive_ram
 from vmmigrate.engine.metrics import Outcome, outcome_of
 from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, of_the_link, stayed_cut
+from vmmigrate.engine.populating import Populating
 from vmmigrate.engine.ram import hash_ram_in_thread
 from vmmigrate.engine.resume import ask_to_resume, check_resumed, tell_applied
 from vmmigrate.errors import (
@@ -107,7 +108,9 @@ async def _up_to_handoff(way: _Way, migration: DestinationMigration) -> RunState
         received = await _accept_preamble(way.channel, agreed, migration)
     page_hash = PageHash(agreed.secrets.key("page digest"))
     landing = Landing(received.layout.pages)
-    arriving = Arriving(page_hash, landing, Condenser(landing.table, agreed.select.digest))
+    assert migration.guest is not None
+    populating = Populating(migration.guest.ram, received.extents, landing.written)
+    arriving = Arriving(page_hash, landing, Condenser(landing.table, agreed.select.digest), populating)
     while True:
         try:
             await _one_session(way.channel, agreed, arriving, migration)
@@ -127,6 +130,7 @@ async def _up_to_handoff(way: _Way, migration: DestinationMigration) -> RunState
 async def _one_session(channel: Channel, agreed: Agreed, arriving: Arriving, migration: DestinationMigration) -> None:
     with channel.interruptible():
         async with bulk_streams(agreed, arriving, migration) as bulk, open_group() as beside:
+            beside.start_soon(arriving.populating.run)
             await receive_ram(channel, bulk, arriving, migration, beside)
             await _receive_state(channel, agreed, arriving, migration)
 
@@ -289,14 +293,15 @@ def _read_arrival(received: m.Preamble, agreed: Agreed, migration: DestinationMi
     spec = preamble.read_spec(received, migration.abilities.spec_versions)
     amended = amend(spec, migration.replacements, migration.allowances, migration.features)
     _check_devices(received.devices, agreed.select, migration)
+    layout = preamble.read_layout(received, migration.max_ram_bytes)
     return Arrival(
         spec=chain.up(amended),
         properties=dict(received.properties),
         blobs=dict(received.blobs),
-        layout=preamble.read_layout(received, migration.max_ram_bytes),
+        layout=layout,
         run_state=RunState(received.run_state),
         epoch=Epoch(*received.epoch),
-        needed_bytes=preamble.extent_bytes(received),
+        extents=preamble.read_extents(received, layout),
     )
 
 

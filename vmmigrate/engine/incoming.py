@@ -14,7 +14,7 @@ from vmmigrate.engine.limits import Deadlines
 from vmmigrate.engine.metrics import MigrationRecord
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.hypervisor.base import Guest, RunState
-from vmmigrate.memory import RamLayout
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
 from vmmigrate.net.channel import Channel
 from vmmigrate.net.identity import Identity
 from vmmigrate.net.secrets import SessionSecrets
@@ -37,7 +37,12 @@ class Arrival:
     layout: RamLayout
     run_state: RunState
     epoch: Epoch
-    needed_bytes: int
+    extents: PageBitmap
+
+    @property
+    def needed_bytes(self) -> int:
+        """RAM that the guest is known to touch."""
+        return self.extents.count() * PAGE_SIZE
 
 
 BuildGuest = Callable[[Arrival], Awaitable[Guest]]

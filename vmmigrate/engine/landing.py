@@ -13,6 +13,7 @@ import numpy as np
 import trio
 
 from vmmigrate.engine.incoming import Agreed, DestinationMigration
+from vmmigrate.engine.populating import Populating
 from vmmigrate.errors import TransportError
 from vmmigrate.memory import PAGE_SIZE
 from vmmigrate.net.channel import Channel
@@ -39,6 +40,7 @@ class Arriving:
     page_hash: PageHash
     landing: Landing
     condenser: Condenser
+    populating: Populating
     applied_round: int = 0
     received_bytes: int = 0
     _condensing: trio.Lock = field(default_factory=trio.Lock)
@@ -141,6 +143,7 @@ async def _land_round(
 ) -> m.RoundApplied:
     """All of a round has landed: what tells the source so."""
     await _while_bulk_moves(bulk, migration, partial(bulk.wait_round, end.round_number, end.records))
+    await arriving.populating.settle()
     arriving.applied_round = end.round_number
     received = arriving.received_bytes + bulk.bytes_received
     migration.record.ram.sent_bytes = received

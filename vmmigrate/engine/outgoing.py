@@ -15,7 +15,7 @@ import structlog
 import trio
 
 from vmmigrate.engine.abilities import of_this_release
-from vmmigrate.engine.frozen import PENDING, Frozen
+from vmmigrate.engine.frozen import PENDING, Frozen, not_hashed
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.engine.limits import Deadlines, MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
@@ -208,15 +208,21 @@ async def conclude(
         return
     if answer in {Answer.RUNNING, Answer.STARTED}:
         if migration.guest is not None:
-            if migration.frozen is not None and migration.frozen.ram is None:
-                migration.frozen.ram = migration.guest.release_ram()
-                migration.record.integrity = dict(PENDING)
+            _keep_ram(migration)
             await migration.guest.destroy()
         migration.record.finish(Outcome.MOVED)
         log.info("migration.moved", migration=migration.migration_id, instance=migration.instance_id)
         return
     unknown = VmMigrateError(f"the destination answered {answer.value}", code=f"destination_{answer.value}")
     await _take_back(migration, reason or unknown)
+
+
+def _keep_ram(migration: SourceMigration) -> None:
+    """RAM outlives the guest that moved, to be hashed once more."""
+    if migration.guest is None or migration.frozen is None or migration.frozen.ram is not None:
+        return
+    migration.frozen.ram = migration.guest.release_ram()
+    migration.record.integrity = dict(PENDING) if migration.frozen.ram else not_hashed("the guest process had ended")
 
 
 async def _take_back(migration: SourceMigration, error: VmMigrateError) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from vmmigrate.errors import RemoteProtocolError, SpecParseError, UsageError
-from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Region
+from vmmigrate.memory import PageBitmap, RamLayout, Region
 from vmmigrate.spec import document
 from vmmigrate.spec.chain import AnySpec
 from vmmigrate.wire.codec import MAX_EXTENTS
@@ -95,6 +97,18 @@ def _extents(layout: RamLayout, populated: PageBitmap) -> tuple[tuple[int, int],
     return tuple(zip(gpas, runs[:, 1].tolist(), strict=True))[:MAX_EXTENTS]
 
 
-def extent_bytes(preamble: Preamble) -> int:
-    """How much RAM the destination will at least need."""
-    return sum(pages for _, pages in preamble.populated) * PAGE_SIZE
+def read_extents(preamble: Preamble, layout: RamLayout) -> PageBitmap:
+    """What of RAM was ever touched, as the source says.
+
+    An extent is counted on from its first page through the regions, as pages are numbered.
+
+    Raises: RemoteProtocolError `bad_regions`: an extent that begins outside of the regions, or goes on beyond them.
+    """
+    extents = np.asarray(preamble.populated, dtype=np.uint64).reshape(-1, 2)
+    first = None
+    if not (extents >= np.uint64(1 << 62)).any():
+        gpas, counts = extents.astype(np.int64).T
+        first = layout.pages_of(gpas, np.ones_like(counts))
+    if first is None or (first + counts > layout.pages).any():
+        raise RemoteProtocolError("preamble: a populated extent outside guest RAM", code="bad_regions")
+    return PageBitmap.from_runs(layout.pages, np.stack([first, counts], axis=1))

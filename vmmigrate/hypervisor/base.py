@@ -209,8 +209,14 @@ class GuestRam(Protocol):
     def populated(self) -> PageBitmap:
         """Pages that were ever touched, by SEEK_DATA and SEEK_HOLE: reading a hole would allocate it."""
 
+    def populate(self, first_page: int, pages: int) -> None:
+        """Make pages be there before they are written; their contents stay. Only while the guest cannot run. Blocking.
+
+        Raises: HypervisorError `ram_populate`: not possible, or no memory; some pages may be there.
+        """
+
     def punch(self, pages: PageBitmap) -> None:
-        """Give pages back; they read as zero. Only while the guest cannot run."""
+        """Give pages back; they read as zero. Only while the guest cannot run. Blocking."""
 
     def make_read_only(self) -> None:
         """Give up the writable mapping: from now on only the guest's process writes. At once, however large the guest;
@@ -361,9 +367,11 @@ class Guest(Protocol):
         `steady_p99_ms`, `steady_largest_gap_ms` and, by move, `move_gaps_ms`.
         """
 
-    def release_ram(self) -> GuestRam:
+    def release_ram(self) -> GuestRam | None:
         """Take RAM out of the guest: it stays mapped as it is, whatever becomes of the process, until it is closed by
         the caller. The guest is good for `destroy` only, from then on. Never of a guest that may run again.
+
+        Returns: None: it was released before, or is being freed by `destroy`.
         """
 
     async def destroy(self) -> bool:

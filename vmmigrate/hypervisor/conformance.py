@@ -333,6 +333,79 @@ async def a_killed_guest_is_reported_lost(lab: Lab) -> None:
     await guest.destroy()
 
 
+async def ram_is_made_ready_and_given_back_page_by_page(lab: Lab) -> None:
+    guest = await lab.build("b", for_migration=True)
+    ram = guest.ram
+    ram.pages[3] = 7
+
+    await trio.to_thread.run_sync(ram.populate, 0, 8)
+    assert (PageBitmap.from_runs(ram.layout.pages, np.array([[0, 8]])) - ram.populated()).is_empty()
+    assert (ram.pages[3] == 7).all(), "populating changed what was there"
+    assert not ram.pages[4:8].any()
+    await trio.to_thread.run_sync(ram.punch, PageBitmap.from_runs(ram.layout.pages, np.array([[0, 3], [4, 4]])))
+
+    assert ram.populated().page_numbers().tolist() == [3]
+    assert (ram.pages[3] == 7).all()
+
+
+async def a_throttled_guest_keeps_its_heartbeat_until_whoever_adopts_it_lets_go(lab: Lab) -> None:
+    guest = await _running(lab)
+    if not (await lab.open_host("a")).capabilities.throttle.available:
+        await expect_error("not_supported", guest.throttle(90))
+        return
+    await guest.throttle(90)
+    before = await guest.status()
+    guest.detach()
+
+    adopted = await lab.adopt(guest)
+
+    assert adopted is not None
+    status = await wait_heartbeats(adopted, before.heartbeats + 20)
+    assert (status.run_state, status.throttle_percent) == (RunState.RUNNING, 90)
+    await adopted.throttle(0)
+    assert (await adopted.status()).throttle_percent == 0
+    assert (await adopted.self_check()).consistent
+
+
+async def a_rehearsed_export_disturbs_nothing(lab: Lab) -> None:
+    guest = await _running(lab)
+    before = await guest.status()
+
+    size_bytes = await guest.rehearse_export({})
+
+    after = await wait_heartbeats(guest, before.heartbeats + 5)
+    assert (after.run_state, after.backends_open, after.handoff) == (RunState.RUNNING, True, None)
+    await guest.pause()
+    exported = await guest.export_devices({})
+    assert size_bytes > 0
+    assert exported
+    assert (await guest.self_check()).consistent
+
+
+async def ram_that_was_released_outlives_the_process(lab: Lab) -> None:
+    guest = await _running(lab)
+    await guest.pause_for_handoff(_MIGRATION)
+    before = guest.ram.pages.copy()
+
+    ram = guest.release_ram()
+    assert ram is not None
+    assert guest.release_ram() is None
+    await guest.destroy()
+
+    assert (ram.pages == before).all()
+    assert not ram.populated().is_empty()
+    ram.close()
+    await expect_error("guest_detached", trio.to_thread.run_sync(ram.populated))
+
+
+async def ram_of_a_guest_that_was_destroyed_is_not_released(lab: Lab) -> None:
+    guest = await _running(lab)
+
+    await guest.destroy()
+
+    assert guest.release_ram() is None
+
+
 async def destroy_is_idempotent_and_ends_the_process(lab: Lab) -> None:
     guest = await _running(lab)
 
@@ -368,6 +441,11 @@ CHECKS: Final[Sequence[Check]] = (
     a_process_that_is_gone_is_not_adopted,
     a_process_that_is_another_guest_is_not_adopted,
     a_killed_guest_is_reported_lost,
+    ram_is_made_ready_and_given_back_page_by_page,
+    a_throttled_guest_keeps_its_heartbeat_until_whoever_adopts_it_lets_go,
+    a_rehearsed_export_disturbs_nothing,
+    ram_that_was_released_outlives_the_process,
+    ram_of_a_guest_that_was_destroyed_is_not_released,
     destroy_is_idempotent_and_ends_the_process,
 )
 

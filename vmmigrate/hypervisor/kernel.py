@@ -50,12 +50,15 @@ _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PR_SET_TIMERSLACK = 29
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_WRITE = 23
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.syscall.restype = ctypes.c_long
 
@@ -140,6 +143,36 @@ def map_nothing(address: int, size_bytes: int, *, writable: bool) -> None:
 def unmap(address: int, size_bytes: int) -> None:
     if _libc.munmap(address, size_bytes) != 0:
         raise _os_error("munmap")
+
+
+def populate(address: int, size_bytes: int) -> None:
+    """Make the pages of a shared mapping be there, writable, as the first write to each would. (`mmap.madvise` would
+    hold the GIL meanwhile.)
+
+    Raises: OSError: EINVAL: the kernel is older than 5.14; ENOMEM. Some pages may be there.
+    """
+    if _libc.madvise(address, size_bytes, _MADV_POPULATE_WRITE) != 0:
+        raise _os_error("madvise(MADV_POPULATE_WRITE)")
+
+
+def huge_bytes(address: int, size_bytes: int) -> int:
+    """How much of a mapping of shared memory is mapped in huge pages. Reads all mappings of this process."""
+    found, inside = 0, False
+    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as smaps:
+        for line in smaps:
+            name = line.partition(" ")[0]
+            if not name.endswith(":"):
+                start, _, end = name.partition("-")
+                inside = int(start, 16) < address + size_bytes and int(end, 16) > address
+            elif inside and name == "ShmemPmdMapped:":
+                found += int(line.split()[1]) * 1024
+    return found
+
+
+def advise_huge(address: int, size_bytes: int) -> None:
+    """Ask for huge pages in a part of a mapping. Raises: OSError: EINVAL: the kernel has none."""
+    if _libc.madvise(address, size_bytes, _MADV_HUGEPAGE) != 0:
+        raise _os_error("madvise(MADV_HUGEPAGE)")
 
 
 def _protection(writable: bool) -> int:

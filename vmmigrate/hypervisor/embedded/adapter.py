@@ -29,7 +29,7 @@ from vmmigrate.hypervisor.dirty import DirtyTracker, KernelTracker, SoftwareTrac
 from vmmigrate.hypervisor.embedded import finding, plans, spawn
 from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
 from vmmigrate.hypervisor.embedded.programs import program_problems
-from vmmigrate.hypervisor.embedded.rammap import MappedRam
+from vmmigrate.hypervisor.embedded.rammap import MappedRam, probe_huge_pages
 from vmmigrate.hypervisor.embedded.remote import EmbeddedGuest
 
 TrackingChoice = Literal["auto", "kernel", "software"]
@@ -94,7 +94,8 @@ class EmbeddedHypervisor:
             reason = await trio.to_thread.run_sync(probe_kernel_tracking)
         if dirty_tracking == "kernel" and reason:
             raise HypervisorError(f"kernel dirty tracking does not work here: {reason}", code="dirty_tracking")
-        return cls(runtime_dir, _capabilities(reason), witness_dir=witness_dir, **options)
+        huge_pages = await trio.to_thread.run_sync(probe_huge_pages)
+        return cls(runtime_dir, _capabilities(reason, huge_pages), witness_dir=witness_dir, **options)
 
     def problems(self, plan: GuestPlan) -> list[str]:
         parameters = dict(plan.program)
@@ -199,8 +200,11 @@ class EmbeddedHypervisor:
         raise HypervisorError(text, code="guest_unresponsive")
 
     async def _mapped(self, guest: EmbeddedGuest, memory: int, tracking_fds: list[int], writable: bool) -> MappedRam:
+        huge = self.capabilities.huge_pages.available
         try:
-            return await guest.in_thread(lambda: MappedRam(memory, guest.plan.layout, writable=writable))
+            return await guest.in_thread(
+                lambda: MappedRam(memory, guest.plan.layout, writable=writable, huge_pages=huge)
+            )
         except BaseException as exc:
             close_all([memory, *tracking_fds])
             if isinstance(exc, (OSError, ValueError, HypervisorError)):
@@ -208,13 +212,13 @@ class EmbeddedHypervisor:
             raise
 
 
-def _capabilities(no_kernel_tracking: str) -> Capabilities:
+def _capabilities(no_kernel_tracking: str, huge_pages: Capability) -> Capabilities:
     return Capabilities(
         hypervisor="embedded",
         version=vmmigrate.__version__,
         dirty_tracking="software" if no_kernel_tracking else "kernel",
         dirty_tracking_reason=no_kernel_tracking or "userfaultfd write-protect and PAGEMAP_SCAN work here",
-        huge_pages=Capability(False, "the embedded machine uses 4 KiB pages"),
+        huge_pages=huge_pages,
         throttle=Capability(True, "slices of the program's work are left out; the heartbeat goes on"),
         facts={
             "hypervisor": "embedded",

@@ -11,30 +11,44 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor import kernel
-from vmmigrate.memory import PageBitmap, RamLayout
+from vmmigrate.hypervisor.base import Capability
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
+
+HUGE_BYTES: Final = 2 << 20
+_MOST_ADVISED: Final = 4096  # each may split a mapping in three, and a process may have some 65,000
+_SHMEM_ENABLED: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 class MappedRam:
     """Maps the guest's memfd; owns the descriptor until `close`.
 
+    Args:
+        huge_pages: Whether to ask for them where whole ones are populated.
+
     Attributes:
         layout: Its regions, one after the other in the file.
-        fd: The memfd, for extents and populating.
     """
 
-    def __init__(self, fd: int, layout: RamLayout, *, writable: bool) -> None:
+    def __init__(self, fd: int, layout: RamLayout, *, writable: bool, huge_pages: bool = False) -> None:
         if os.fstat(fd).st_size != layout.size_bytes:
             raise HypervisorError(f"guest RAM has {os.fstat(fd).st_size} bytes, not {layout.size_bytes}")
         self.layout = layout
-        self.fd = fd
+        self._fd = fd
+        self._closing = threading.Lock()
         self._writable = writable
+        self._huge_pages = huge_pages
+        self._advised = 0
         self._retired: ctypes.Array[ctypes.c_ubyte] | None = None  # held: nobody else may be given its addresses
         self._address = kernel.map_file(fd, layout.size_bytes, writable=writable)
         self._mapping: ctypes.Array[ctypes.c_ubyte] | None = _exported(self._address, layout.size_bytes)
@@ -50,8 +64,32 @@ class MappedRam:
 
     def populated(self) -> PageBitmap:
         """Pages that were ever touched. Blocks for about 1 µs per extent: call it in a thread."""
-        runs = kernel.populated_runs(self.fd, self.layout.size_bytes)
+        with self._file() as fd:
+            runs = kernel.populated_runs(fd, self.layout.size_bytes)
         return PageBitmap.from_runs(self.layout.pages, runs)
+
+    def populate(self, first_page: int, pages: int) -> None:
+        """Make pages be there, before they are written; their contents stay. Only of a guest that cannot run.
+
+        Raises: HypervisorError `ram_populate`: not possible, or no memory; some pages may be there.
+        """
+        if not self._writable:
+            raise HypervisorError("guest RAM is mapped read-only here, nothing is populated", code="ram_read_only")
+        mapping = self._mapped()  # held: nobody else may be given its addresses meanwhile
+        address, size_bytes = ctypes.addressof(mapping) + first_page * PAGE_SIZE, pages * PAGE_SIZE
+        try:
+            if self._huge_pages:
+                self._advise_huge(address, size_bytes)
+            kernel.populate(address, size_bytes)
+        except OSError as exc:
+            raise HypervisorError(f"cannot populate guest RAM: {exc}", code="ram_populate") from exc
+
+    def _advise_huge(self, address: int, size_bytes: int) -> None:
+        """Only whole huge pages: what was never touched stays a hole."""
+        start, end = -(-address // HUGE_BYTES) * HUGE_BYTES, (address + size_bytes) // HUGE_BYTES * HUGE_BYTES
+        if start < end and self._advised < _MOST_ADVISED:
+            self._advised += 1
+            kernel.advise_huge(start, end - start)
 
     def punch(self, pages: PageBitmap) -> None:
         """Give pages back; they read as zero. Blocks: call it in a thread.
@@ -62,7 +100,8 @@ class MappedRam:
         if not self._writable:
             raise HypervisorError("guest RAM is mapped read-only here, nothing is punched", code="ram_read_only")
         try:
-            kernel.punch_holes(self.fd, pages.runs().tolist())
+            with self._file() as fd:
+                kernel.punch_holes(fd, pages.runs().tolist())
         except OSError as exc:
             raise HypervisorError(f"cannot give pages back: {exc.strerror}", code="ram_punch") from exc
 
@@ -77,7 +116,7 @@ class MappedRam:
         if not self._writable:
             return
         try:
-            address = kernel.map_file(self.fd, self.layout.size_bytes, writable=False)
+            address = kernel.map_file(self._fd, self.layout.size_bytes, writable=False)
         except OSError as exc:
             raise HypervisorError(f"cannot map guest RAM: {exc}", code="ram_map") from exc
         self._retired, self._mapping = self._mapped(), _exported(address, self.layout.size_bytes)
@@ -95,9 +134,21 @@ class MappedRam:
         self.drop_retired()
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
-            os.close(self.fd)
+            with self._closing:
+                os.close(self._fd)
             with contextlib.suppress(OSError):  # no memory for it: the last view unmaps
                 kernel.map_nothing(self._address, self.layout.size_bytes, writable=self._writable)
+
+    @contextlib.contextmanager
+    def _file(self) -> Iterator[int]:
+        """The memfd for as long as a call takes, whoever closes meanwhile: its number may be another guest's then."""
+        with self._closing:
+            self._mapped()
+            fd = os.dup(self._fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def _mapped(self) -> ctypes.Array[ctypes.c_ubyte]:
         if self._mapping is None:
@@ -110,3 +161,31 @@ def _exported(address: int, size_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:
     exported = (ctypes.c_ubyte * size_bytes).from_address(address)
     weakref.finalize(exported, kernel.unmap, address, size_bytes).atexit = False
     return exported
+
+
+def probe_huge_pages() -> Capability:
+    """Whether the kernel gives huge pages to guest RAM, by populating some."""
+    size_bytes = 4 * HUGE_BYTES
+    try:
+        fd = os.memfd_create("vmmigrate-probe", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size_bytes)
+        ram = MappedRam(fd, RamLayout.for_size(size_bytes), writable=True, huge_pages=True)
+        try:
+            ram.populate(0, ram.layout.pages)
+            found = kernel.huge_bytes(ctypes.addressof(ram._mapped()), size_bytes)
+        finally:
+            ram.close()
+    except (OSError, HypervisorError) as exc:
+        return Capability(False, str(exc))
+    if found:
+        return Capability(True, "transparent huge pages of shared memory, where whole ones were touched at the source")
+    with contextlib.suppress(OSError):
+        return Capability(
+            False, f"the kernel gives none to shared memory ({_SHMEM_ENABLED}: {_chosen(_SHMEM_ENABLED)})"
+        )
+    return Capability(False, "the kernel has none for shared memory")
+
+
+def _chosen(setting: Path) -> str:
+    """The word in brackets: `always [never] deny`."""
+    return setting.read_text().partition("[")[2].partition("]")[0]

@@ -241,8 +241,7 @@ class EmbeddedGuest:
 
     # -- ending ----------------------------------------------------------------------------------------------------
 
-    def release_ram(self) -> GuestRam:
-        assert self._mapped is not None
+    def release_ram(self) -> GuestRam | None:
         released, self._mapped = self._mapped, None
         return released
 
@@ -257,7 +256,7 @@ class EmbeddedGuest:
                 await self._wait_gone()
             gone_already, self._gone = self._gone, not self._is_alive()
             if self._gone and not gone_already:
-                await self.in_thread(self._free)
+                await self.in_thread(self._free, self.release_ram())
         return self._gone
 
     async def wait_exit(self) -> int:
@@ -268,19 +267,19 @@ class EmbeddedGuest:
         if not self._gone:
             self._gone = True
             self._link.close()
-            self._let_go()
+            self._let_go(self.release_ram())
 
-    def _free(self) -> None:
+    def _free(self, ram: GuestRam | None) -> None:
         if not self._watch.is_alive():
             self._watch.reap()
-        self._let_go()
+        self._let_go(ram)
         self._files.remove()
 
-    def _let_go(self) -> None:
+    def _let_go(self, ram: GuestRam | None) -> None:
         if self._tracker is not None:
             self._tracker.close()
-        if self._mapped is not None:
-            self._mapped.close()
+        if ram is not None:
+            ram.close()
         self._watch.close()
 
     async def _wait_gone(self) -> None:
