@@ -23,7 +23,7 @@ from vmmigrate.daemon.orders import options_of, options_shown, source_address_of
 from vmmigrate.daemon.reports import Reports
 from vmmigrate.engine.abilities import narrowed, of_this_release
 from vmmigrate.engine.destination import migrate_in
-from vmmigrate.engine.frozen import Frozen, not_hashed
+from vmmigrate.engine.frozen import Frozen, note_integrity
 from vmmigrate.engine.incoming import DestinationMigration
 from vmmigrate.engine.limits import MigrationOptions
 from vmmigrate.engine.metrics import MigrationRecord, Outcome, outcome_of
@@ -32,7 +32,6 @@ from vmmigrate.engine.source import migrate_out
 from vmmigrate.engine.steering import Steering
 from vmmigrate.errors import (
     HandoffInDoubt,
-    HypervisorError,
     IdentityError,
     JournalError,
     MigrationCancelled,
@@ -340,20 +339,8 @@ class Migrations:
     async def _hash_again(self, migration: SourceMigration, frozen: Frozen) -> None:
         """The guest runs elsewhere. Was everything sent as it was last?"""
         migration.frozen = None
-        record = migration.record
-        try:
-            found = await frozen.check()
-        except HypervisorError as error:
-            record.integrity = not_hashed(error.text)
-            log.warning("migration.not_hashed_again", migration=record.migration_id, text=error.text)
-        else:
-            record.integrity = found.as_dict()
-            if found.is_sound:
-                log.info("migration.hashed_again", migration=record.migration_id, pages=found.pages_checked)
-            else:
-                record.notes.append(found.alarm())
-                log.error("migration.integrity_alarm", migration=record.migration_id, text=found.alarm())
-        await self.reports.save(record)
+        await note_integrity(migration.record, frozen)
+        await self.reports.save(migration.record)
 
     async def settle_source(self, migration: SourceMigration) -> None:
         """Ask until there is evidence, or an operator resolves it; the record then tells the outcome."""

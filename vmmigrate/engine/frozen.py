@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import structlog
 import trio
 
+from vmmigrate.engine.metrics import MigrationRecord
+from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.base import GuestRam
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, split_runs
 from vmmigrate.ram.digest import Digests, PageHash
+
+log = structlog.get_logger(__name__)
 
 _CHUNK_PAGES: Final = 1 << 15  # 128 MiB for one way into a thread and back
 
@@ -96,3 +101,19 @@ PENDING: Final[dict[str, Any]] = {"rehash": "pending"}
 def not_hashed(reason: str) -> dict[str, Any]:
     """Nobody knows; no alarm."""
     return {"rehash": "not_done", "reason": reason}
+
+
+async def note_integrity(record: MigrationRecord, frozen: Frozen) -> None:
+    """Hash once more, and tell the record what was found; an alarm is a note of it as well, and an error in the log."""
+    try:
+        found = await frozen.check()
+    except HypervisorError as error:
+        record.integrity = not_hashed(error.text)
+        log.warning("migration.not_hashed_again", migration=record.migration_id, text=error.text)
+        return
+    record.integrity = found.as_dict()
+    if found.is_sound:
+        log.info("migration.hashed_again", migration=record.migration_id, pages=found.pages_checked)
+    else:
+        record.notes.append(found.alarm())
+        log.error("migration.integrity_alarm", migration=record.migration_id, text=found.alarm())
