@@ -144,8 +144,8 @@ async def test_a_lost_link_beside_a_forgery_is_no_lost_link() -> None:
     once one is raised; that of the landing counts before all of them, and nobody is asked or connected to."""
     landing = Landing(1)
     landing.breach = RemoteProtocolError("what came is not what the source sealed", code="seal_broken")
-    arriving = Arriving(PageHash(b""), landing, Condenser(landing.table, WHOLE))
     nobody = cast(Any, None)
+    arriving = Arriving(PageHash(b""), landing, Condenser(landing.table, WHOLE), nobody)
 
     with pytest.raises(RemoteProtocolError) as caught:
         await destination._resume(nobody, nobody, arriving, nobody, TransportError("cut", code="link_lost"))

@@ -12,8 +12,9 @@ processors are throttled step by step, as long as it takes and no further than i
 
 Decisions are taken after each round, never inside one.
 
-Source: Clark et al., "Live Migration of Virtual Machines" (NSDI 2005); QEMU's auto-converge (20 %, then steps of 10, up
-to 99); KubeVirt VEP 248 on switching at a minimum; Jacobson (1988) for mean and deviation.
+Source: Clark et al., "Live Migration of Virtual Machines" (NSDI 2005); QEMU's auto-converge (up to 99 %, but in steps
+of 10 whatever is needed, two rounds each); KubeVirt VEP 248 on switching at a minimum; Jacobson (1988) for mean and
+deviation.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ MIN_SECONDS: Final = 1e-4  # a round of nothing still took this long
 TELLS_THE_RATE_BYTES: Final = 4 * MIB
 SHRINKING: Final = 0.8  # of the round before: less than that is worth another round
 NEXT_TO_NOTHING_S: Final = 0.001
-STUCK: Final = 0.5  # of what was sent is dirty again: rounds do not get shorter fast enough
-FIRST_THROTTLE_PERCENT: Final = 20
-THROTTLE_STEP_PERCENT: Final = 10
+STUCK: Final = SHRINKING  # of what was sent is dirty again: rounds do not get shorter
+THROTTLED_TO: Final = 0.5  # of what was sent may be dirty again: what throttling aims at
+LEFT_BY_A_STEP: Final = 0.5  # of the time that its processors have now, at least
 MOST_THROTTLE_PERCENT: Final = 99
 
 
@@ -140,11 +141,7 @@ class Convergence:
             fits = self.forecast(dirty).total_s <= limits.downtime_s
             return Verdict.PAUSE if fits else Verdict.WILL_NOT_CONVERGE
         if limits.auto_converge and self._is_stuck(finished, limits):
-            self.throttle_percent = min(
-                self.throttle_percent + THROTTLE_STEP_PERCENT if self.throttle_percent else FIRST_THROTTLE_PERCENT,
-                MOST_THROTTLE_PERCENT,
-            )
-            self._since_throttled = 0
+            self._throttle_more(finished)
             return Verdict.THROTTLE
         return Verdict.ANOTHER_ROUND
 
@@ -166,9 +163,21 @@ class Convergence:
         next_to_nothing = self.forecast(finished.dirty_pages).pages_s <= NEXT_TO_NOTHING_S
         return next_to_nothing or finished.dirty_pages > before * SHRINKING
 
+    def _throttle_more(self, finished: Round) -> None:
+        """By what the last round says is needed: a guest that writes slower by half leaves half as much to send. One
+        that writes pages over and over leaves hardly less at first; so the next round is to tell the effect.
+        """
+        wanted = THROTTLED_TO * finished.pages / max(finished.dirty_pages, 1)
+        left = (100 - self.throttle_percent) * max(wanted, LEFT_BY_A_STEP)
+        self.throttle_percent = min(100 - int(left), MOST_THROTTLE_PERCENT)
+        self._since_throttled = 0
+
     def _is_stuck(self, finished: Round, limits: Limits) -> bool:
-        """Whether rounds do not lead to a pause that is short enough; judged from the second one after each change."""
-        if self._since_throttled < 2 or self.throttle_percent >= MOST_THROTTLE_PERCENT:
+        """Whether rounds do not lead to a pause that is short enough. The first two must say so, and then one after
+        each change.
+        """
+        awaited = 1 if self.throttle_percent else 2
+        if self._since_throttled < awaited or self.throttle_percent >= MOST_THROTTLE_PERCENT:
             return False
         too_long = self.forecast(finished.dirty_pages).total_s > limits.downtime_s
         return too_long and finished.dirty_pages > finished.pages * STUCK
