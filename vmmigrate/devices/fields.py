@@ -186,8 +186,9 @@ class Struct:
             problems.append(f"{path or 'body'}: {_shown(tree)}, allowed is a map of {', '.join(table)}")
             return None
         before = len(problems)
-        problems.extend(f"{_join(path, str(name)[:64])}: unknown field" for name in tree if name not in table)
-        problems.extend(f"{_join(path, name)}: missing" for name in table if name not in tree)
+        if tree.keys() != table.keys():
+            problems.extend(f"{_join(path, str(name)[:64])}: unknown field" for name in tree if name not in table)
+            problems.extend(f"{_join(path, name)}: missing" for name in table if name not in tree)
         values = {
             name: kind.decode(tree[name], _join(path, name), problems) for name, kind in table.items() if name in tree
         }

@@ -71,8 +71,7 @@ class Machine:
         self._backends_open = False
         self._around = Surroundings(memory, self._uarts, self._writable_disk())
         self._heartbeat = Heartbeat(memory)
-        name, parameters = ("idle", {}) if for_migration else _program_of(plan)
-        self._program = load_program(name, parameters, self._around)
+        self._program = load_program(*_program_of(plan), self._around)
         self._awaits_import = for_migration
         self._has_run = False
         self.throttle_percent = 0
@@ -447,7 +446,7 @@ class Machine:
         vcpu: EmbeddedVcpuV1 = states["embedded-vcpu"]
         problems = program_problems(vcpu.program, vcpu.parameters)
         if not problems:
-            own = load_program(vcpu.program, vcpu.parameters, self._around).own_pages()
+            own = self._program_for(vcpu).own_pages()
             if vcpu.filled_pages > len(own):
                 problems.append(f"embedded-vcpu filled_pages {vcpu.filled_pages}, allowed are {len(own)}")
             if vcpu.steps and not len(own):
@@ -457,10 +456,18 @@ class Machine:
         return problems
 
     def _apply_vcpu(self, vcpu: EmbeddedVcpuV1) -> None:
-        self._program = load_program(vcpu.program, vcpu.parameters, self._around)
+        self._program = self._program_for(vcpu)
         self._program.progress = Progress(vcpu.filled_pages, vcpu.steps, vcpu.disk_steps)
         self._heartbeat.restore(vcpu.heartbeats, vcpu.last_beat_ns, vcpu.gap_bins, vcpu.noted_gaps)
         self._moves = vcpu.moves + 1
+
+    def _program_for(self, vcpu: EmbeddedVcpuV1) -> Program:
+        """Mostly the one that this machine was built with, and has not run: the guest waits, and to make another takes
+        time with the size of its working set.
+        """
+        if (vcpu.program, vcpu.parameters) == (self._program.name, self._program.parameters):
+            return self._program
+        return load_program(vcpu.program, vcpu.parameters, self._around)
 
     def _check_migratable(self) -> None:
         if self.plan.unmigratable:

@@ -211,7 +211,7 @@ class Stress(Idle):
             self._credit = min(self._credit - batch, self._rate * _CREDIT_CAP_NS / 1e9)
 
     def own_pages(self) -> Numbers:
-        return np.sort(self._pages)
+        return self._pages
 
     def find_bad_pages(self) -> Iterator[int | None]:
         populated = self._memory.populated()
