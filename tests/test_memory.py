@@ -214,6 +214,23 @@ def test_a_large_bitmap_is_handled_whole() -> None:
     assert (PageBitmap.full(pages) - bitmap).page_numbers().tolist() == [0, pages - 1]
 
 
+@given(st.sets(st.integers(0, 99_999), max_size=40), st.integers(1, 70), st.integers(0, 20))
+def test_a_few_pages_of_a_large_guest_are_the_same_runs(starts: set[int], longest: int, spare: int) -> None:
+    """There is a way of its own for them; a part of a word, and runs over several words, are no exception."""
+    pages = 100_000 + longest + spare
+    flags = np.zeros(pages, dtype=np.bool_)
+    for start in starts:
+        flags[start : start + longest] = True
+
+    runs = PageBitmap.from_flags(flags).runs()
+
+    found = np.zeros(pages, dtype=np.bool_)
+    for first, count in runs.tolist():
+        found[first : first + count] = True
+    assert (found == flags).all()
+    assert (runs[1:, 0] > runs[:-1, 0] + runs[:-1, 1]).all(), "ascending and maximal"
+
+
 # --------------------------------------------------------------------------- split_runs
 
 
@@ -233,23 +250,6 @@ def test_split_runs_cuts_at_every_boundary_and_nowhere_else(
     cuts = set(pieces[:, 0].tolist()) - set(runs[:, 0].tolist())
     assert all(cut % boundary == 0 for cut in cuts)
     assert (np.diff(pieces[:, 0]) > 0).all()
-
-
-@given(st.sets(st.integers(0, 99_999), max_size=40), st.integers(1, 70), st.integers(0, 20))
-def test_a_few_pages_of_a_large_guest_are_the_same_runs(starts: set[int], longest: int, spare: int) -> None:
-    """There is a way of its own for them; a part of a word, and runs over several words, are no exception."""
-    pages = 100_000 + longest + spare
-    flags = np.zeros(pages, dtype=np.bool_)
-    for start in starts:
-        flags[start : start + longest] = True
-
-    runs = PageBitmap.from_flags(flags).runs()
-
-    found = np.zeros(pages, dtype=np.bool_)
-    for first, count in runs.tolist():
-        found[first : first + count] = True
-    assert (found == flags).all()
-    assert (runs[1:, 0] > runs[:-1, 0] + runs[:-1, 1]).all(), "ascending and maximal"
 
 
 def test_split_runs_of_nothing_is_nothing() -> None:

@@ -82,12 +82,14 @@ async def test_hosts_without_a_common_transport_refuse_and_the_guest_goes_on(tmp
 
 
 class Forger(Link):
-    """A link on which one bit of a bulk stream is changed, once, after so many bytes."""
+    """A link on which one bit of a bulk stream is changed, once, after so many bytes; and which then may be cut, so
+    that the destination comes again."""
 
-    def __init__(self, source: RunningHost, after_bytes: int) -> None:
+    def __init__(self, source: RunningHost, after_bytes: int, *, then_cut: bool = False) -> None:
         super().__init__(source)
         self._after_bytes = after_bytes
         self.forged = False
+        self.then_cut = then_cut
 
     async def _copy(self, origin: trio.SocketStream, sink: trio.SocketStream, counts: bool) -> None:
         await super()._copy(_Forged(origin, self) if counts else origin, sink, counts)  # type: ignore[arg-type]
@@ -112,6 +114,10 @@ class _Forged:
         return self
 
     async def __anext__(self) -> bytes:
+        if self._forger.forged and self._forger.then_cut:
+            self._forger.then_cut = False
+            self._forger.cut()
+            self._forger.mend()
         return self._forger.pass_on(bytes(await self._origin.__anext__()))
 
 
@@ -136,6 +142,28 @@ async def test_a_forged_byte_ends_the_migration_on_both_sides_and_the_guest_goes
         assert (await check(alpha, instance))["consistent"]
         assert (await migrate(alpha, beta, instance, verify="full"))["outcome"] == "moved"
         assert (await check(beta, instance))["consistent"]
+        assert witnesses(fleet, instance).single
+
+
+async def test_who_forges_and_then_cuts_the_link_to_be_resumed_brings_nothing_into_the_guest(tmp_path: Path) -> None:
+    """The forged part may have been read before the cut was seen: then it is the end. Or it went down with the link:
+    then both go on, and send what was not confirmed again. The guest has never anything of it."""
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+        forger = Forger(alpha, after_bytes=16 << 20, then_cut=True)
+        await fleet.nursery.start(forger.run)
+        instance = await create(alpha, program=stress(56, 500))
+        await wait_filled(alpha, instance, 56 * 256)
+
+        migration = await begin(alpha, beta, instance, source_address=forger.address, verify="full")
+
+        ours, theirs = await wait_outcome(alpha, migration), await wait_outcome(beta, migration)
+        assert forger.forged
+        assert not forger.then_cut, "the link was never cut"
+        ended = {(record["outcome"], (record["error"] or {}).get("code")) for record in (ours, theirs)}
+        assert ended in ({("failed", "seal_broken")}, {("moved", None)})
+        where = beta if ours["outcome"] == "moved" else alpha
+        assert (await check(where, instance))["consistent"]
         assert witnesses(fleet, instance).single
 
 

@@ -219,6 +219,29 @@ async def test_messages_of_two_tasks_go_out_in_the_order_of_the_session(ends: En
         assert sorted(numbers) == list(range(20))
 
 
+async def test_what_is_said_later_goes_out_with_what_is_said_next_and_before_it(ends: Ends, clock: MockClock) -> None:
+    async with ends.pair(Phase.RAM_PRE_PAUSE) as pair:
+        pair.source.say_later(m.Progress({"bytes": 1}))
+        pair.source.say_later(ROUND_END)
+        await trio.testing.wait_all_tasks_blocked()
+        assert pair.destination.peer_progress == {}
+
+        await pair.source.send(m.Progress({"bytes": 2}))
+
+        assert await pair.destination.expect(m.RoundEnd, deadline_s=5) == ROUND_END
+        await trio.testing.wait_all_tasks_blocked()
+        assert pair.destination.peer_progress == {"bytes": 2}
+
+
+async def test_what_must_not_be_said_is_refused_at_once_also_when_it_is_for_later(ends: Ends) -> None:
+    async with ends.pair(Phase.RAM_PRE_PAUSE) as pair:
+        with pytest.raises(LocalProtocolError):
+            pair.destination.say_later(ROUND_END)
+
+        with pytest.raises(LocalProtocolError):
+            await pair.destination.expect(m.RoundEnd, deadline_s=5)
+
+
 # --------------------------------------------------------------------------- the end, from either side
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vmmigrate.memory import PAGE_SIZE
 from vmmigrate.ram.convergence import Convergence, Limits, Round
-from vmmigrate.ram.forecast import DirtyCurve, PauseHistory, Rehearsed, simulate
+from vmmigrate.ram.forecast import DirtyCurve, PauseHistory, Rehearsed, Typical, simulate
 
 PAGES_PER_S = 100_000
 MEASURED = Rehearsed(devices_s=0.004, journal_s=0.001, round_trip_s=0.002, guest_request_s=0.0005, verify_s=0.0)
@@ -48,7 +48,8 @@ def test_a_pause_that_ended_well_teaches_what_the_next_one_will_take() -> None:
 
 def test_devices_and_verification_are_the_guests_own_and_not_learnt() -> None:
     history = PauseHistory()
-    history.note(downtime_s=0.05, last_round_s=0.02, devices_s=0.01)
+    for _ in range(3):
+        history.note(downtime_s=0.05, last_round_s=0.02, devices_s=0.01)
 
     assert Rehearsed(devices_s=0.5, verify_s=0.25).fixed_s(history) == pytest.approx(0.77)
 
@@ -63,9 +64,45 @@ def test_pauses_that_differ_make_the_next_forecast_careful() -> None:
 
 def test_a_pause_that_was_shorter_than_its_last_round_teaches_nothing_below_zero() -> None:
     history = PauseHistory()
-    history.note(downtime_s=0.01, last_round_s=0.02, devices_s=0.0)
+    for _ in range(3):
+        history.note(downtime_s=0.01, last_round_s=0.02, devices_s=0.0)
 
     assert Rehearsed().fixed_s(history) == 0.0
+
+
+@pytest.mark.parametrize("good", [0, 2, 5])
+def test_one_pause_in_a_bad_moment_does_not_forbid_the_next(good: int) -> None:
+    """Nothing would ever be learnt again: a guest that is not paused tells nothing."""
+    history = PauseHistory()
+    for downtime_s in (*[0.03] * good, 3.0):
+        history.note(downtime_s, 0.0, 0.0)
+
+    assert MEASURED.fixed_s(history) < 0.06
+
+
+def test_what_is_forgotten_is_as_if_it_had_never_been() -> None:
+    history = PauseHistory()
+    for _ in range(9):
+        history.note(3.0, 0.0, 0.0)
+    assert MEASURED.fixed_s(history) > 3.0
+
+    history.beside_s.forget()
+
+    assert MEASURED.fixed_s(history) == MEASURED.fixed_s(PauseHistory())
+
+
+@given(st.lists(st.floats(0.001, 10.0), min_size=5, max_size=9), st.floats(1e3, 1e6))
+def test_a_measurement_that_was_disturbed_does_not_leave_the_range_of_the_others(
+    values: list[float], disturbed: float
+) -> None:
+    typical = Typical([*values[:-1], disturbed])
+
+    assert min(values) <= typical.value <= max(values)
+    assert typical.high <= 3 * max(values)
+
+
+def test_without_measurements_nothing_is_typical() -> None:
+    assert (Typical().value, Typical().high) == (0.0, 0.0)
 
 
 # --------------------------------------------------------------------------- how much a guest writes

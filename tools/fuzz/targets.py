@@ -39,6 +39,7 @@ from vmmigrate.net.identity import Identity, identity_of_certificate
 from vmmigrate.net.receiving import Landing, StreamReceiver
 from vmmigrate.ownership import rules
 from vmmigrate.ram.digest import PageHash
+from vmmigrate.ram.encoding import WORDS
 from vmmigrate.ram.records import HEADER, RecordHeader, RecordKind, pack_runs, unpack_header, unpack_runs
 from vmmigrate.spec import amend, chain, document, ron, wire_v0
 from vmmigrate.wire import codec
@@ -191,7 +192,8 @@ class _Recorded:
 def read_stream(raw: bytes) -> None:
     """A whole stream into guest RAM, with pages beside it that nobody may touch."""
     memory = np.full((LAYOUT.pages + 2, PAGE_SIZE // 8), 0xA5, dtype=np.uint64)
-    receiver = StreamReceiver(_Recorded(raw), 0, 1, LAYOUT, memory[1:-1], PAGE_HASH, Landing(LAYOUT.pages))
+    landing = Landing(LAYOUT.pages)
+    receiver = StreamReceiver(_Recorded(raw), 0, 1, LAYOUT, memory[1:-1], PAGE_HASH, landing, WORDS)
     try:
         while receiver.receive_round() is not None:
             pass

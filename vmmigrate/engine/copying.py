@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -28,13 +28,26 @@ from vmmigrate.net.threads import open_group
 from vmmigrate.ram.convergence import Convergence, PauseForecast, Round, Verdict
 from vmmigrate.ram.digest import Condenser, Digests, PageHash
 from vmmigrate.ram.encoding import Tally
-from vmmigrate.ram.forecast import Rehearsed
+from vmmigrate.ram.forecast import Rehearsed, Typical
 from vmmigrate.wire import messages as m
 
 log = structlog.get_logger(__name__)
 
 _PROGRESS_S: Final = 0.1
 _HASH_SAMPLE_BYTES: Final = 4 * MIB
+_REHEARSALS: Final = 3
+
+
+@dataclass
+class Rehearsals:
+    """What belongs to a pause, done while the guest runs. Each is a `Typical` of seconds."""
+
+    request_s: Typical = field(default_factory=Typical)
+    devices_s: Typical = field(default_factory=Typical)
+    verify_s: Typical = field(default_factory=Typical)
+
+    def result(self, journal_s: float, round_trip_s: float) -> Rehearsed:
+        return Rehearsed(self.devices_s.value, journal_s, round_trip_s, self.request_s.value, self.verify_s.value)
 
 
 @dataclass
@@ -48,7 +61,7 @@ class Copy:
         condenser: Condenses `table`; it knows of all rounds but the one that is under way.
         fresh: The pages of the last round, of which it does not know yet.
         sent_bytes, tally: Of sessions that have ended.
-        rehearsed: What a pause will cost here, as far as it could be measured beforehand.
+        rehearsals: What a pause will cost here, as far as it can be measured beforehand.
         forecast: Of the pause, at the moment when it was decided upon.
     """
 
@@ -62,7 +75,7 @@ class Copy:
     answer: m.Resumed | None = None
     sent_bytes: int = 0
     tally: Tally = field(default_factory=Tally.empty)
-    rehearsed: Rehearsed = field(default_factory=Rehearsed)
+    rehearsals: Rehearsals = field(default_factory=Rehearsals)
     forecast: PauseForecast | None = None
 
     def close_session(self, bulk: BulkSource) -> None:
@@ -100,7 +113,7 @@ async def copy_while_running(
     if copy.pending is None:
         await begin_copy(agreed, copy, migration)
     while not migration.steering.is_forced:
-        verdict = await _one_round(channel, bulk, copy, migration)
+        verdict = await _one_round(channel, bulk, agreed, copy, migration)
         if verdict is Verdict.PAUSE or (verdict is Verdict.WILL_NOT_CONVERGE and migration.options.force):
             break
         if verdict is Verdict.WILL_NOT_CONVERGE:
@@ -152,7 +165,8 @@ async def catch_up(channel: Channel, copy: Copy, migration: SourceMigration) -> 
 async def begin_copy(agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
     """The first round: every page that was ever touched. Marks first, or a write in between would be lost."""
     guest, record = migration.live, migration.record
-    copy.rehearsed = await _rehearse(agreed, migration)
+    for _ in range(_REHEARSALS):
+        await _rehearse(agreed, copy, migration)
     await guest.start_tracking()
     pages = await trio.to_thread.run_sync(guest.ram.populated)
     record.ram.total_bytes = guest.ram.layout.size_bytes
@@ -161,24 +175,19 @@ async def begin_copy(agreed: Agreed, copy: Copy, migration: SourceMigration) -> 
     copy.pending = pages
 
 
-async def _rehearse(agreed: Agreed, migration: SourceMigration) -> Rehearsed:
-    """What can be known of the pause beforehand, measured on this guest while it runs."""
-    guest = migration.live
+async def _rehearse(agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
+    """Measure once more what can be known of the pause beforehand, on this guest while it runs."""
+    guest, rehearsals = migration.live, copy.rehearsals
     begun = trio.current_time()
     await guest.status()
     asked = trio.current_time()
     with contextlib.suppress(PayloadError, HypervisorError):  # whether it will succeed is seen when it counts
         await guest.rehearse_export(agreed.select.payloads)
-    exported = trio.current_time()
-    verify_s = 0.0
+    rehearsals.request_s.note(asked - begun)
+    rehearsals.devices_s.note(trio.current_time() - asked)
     if agreed.select.verify == "full":
-        verify_s = await trio.to_thread.run_sync(_hash_time_s, await trio.to_thread.run_sync(guest.ram.populated))
-    return Rehearsed(
-        devices_s=exported - asked,
-        journal_s=migration.journal.write_s.high,
-        guest_request_s=asked - begun,
-        verify_s=verify_s,
-    )
+        populated = await trio.to_thread.run_sync(guest.ram.populated)
+        rehearsals.verify_s.note(await trio.to_thread.run_sync(_hash_time_s, populated))
 
 
 def _hash_time_s(populated: PageBitmap) -> float:
@@ -191,7 +200,9 @@ def _hash_time_s(populated: PageBitmap) -> float:
 # --------------------------------------------------------------------------- rounds
 
 
-async def _one_round(channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration) -> Verdict:
+async def _one_round(
+    channel: Channel, bulk: BulkSource, agreed: Agreed, copy: Copy, migration: SourceMigration
+) -> Verdict:
     """Send what is pending, wait until it has landed, and see what was written meanwhile: that is pending then."""
     begun = trio.current_time()
     sent = await _land_round(channel, bulk, copy, migration)
@@ -204,10 +215,14 @@ async def _one_round(channel: Channel, bulk: BulkSource, copy: Copy, migration: 
         copy.pending = pending
         copy.number += 1
     _remember_offered(migration, pending)
+    copy.judge.fixed_s = _fixed_s(copy, migration)
+    if copy.judge.forecast(0).total_s > migration.steering.limits.downtime_s:
+        # It would not fit with nothing left to send: was it measured in a bad moment?
+        await _rehearse(agreed, copy, migration)
+        copy.judge.fixed_s = _fixed_s(copy, migration)
     number, finished = copy.number - 1, _round_of(sent, seconds, pending.count())
     throttled = copy.judge.throttle_percent
     verdict = copy.judge.after_round(finished, migration.steering.limits)
-    copy.judge.fixed_s = _fixed_s(copy, migration)
     _note_round(migration.record, finished, throttled)
     _note_judgement(copy, migration)
     log.info("round.finished", round=number, pages=sent.pages, dirty_pages=finished.dirty_pages, verdict=verdict.value)
@@ -236,8 +251,8 @@ async def _land_round(channel: Channel, bulk: BulkSource, copy: Copy, migration:
 
 def _fixed_s(copy: Copy, migration: SourceMigration) -> float:
     """An empty round is little more than a message and its answer."""
-    round_trip_s = copy.judge.overhead_s.mean
-    return replace(copy.rehearsed, round_trip_s=round_trip_s).fixed_s(migration.history)
+    rehearsed = copy.rehearsals.result(migration.journal.write_s.high, copy.judge.overhead_s.mean)
+    return rehearsed.fixed_s(migration.history)
 
 
 async def _send_round(
@@ -297,6 +312,9 @@ def _will_not_converge(copy: Copy, migration: SourceMigration) -> ConvergenceErr
     assert copy.pending is not None
     dirty = copy.pending.count()
     pause_s = copy.judge.forecast(dirty).total_s
+    if copy.judge.forecast(0).total_s > migration.steering.limits.downtime_s:
+        # What was learnt forbids every move to that host, and without one nothing new would be learnt.
+        migration.history.beside_s.forget()
     return ConvergenceError(
         f"after {copy.number - 1} rounds {dirty} pages are dirty; the pause would last about {pause_s:.2f} s, allowed"
         f" is {migration.steering.limits.downtime_s:g} s"
@@ -326,10 +344,8 @@ def note_pause(copy: Copy, migration: SourceMigration) -> None:
             "pause_error_s": record.laps.total_s - migration.planned["pause_s"],
             "ram_bytes": migration.planned["ram_bytes"],
         }
-    rehearsed = copy.rehearsed
-    migration.history.note(
-        record.laps.total_s, forecast.overhead_s + forecast.pages_s, rehearsed.devices_s + rehearsed.verify_s
-    )
+    own_s = copy.rehearsals.devices_s.value + copy.rehearsals.verify_s.value
+    migration.history.note(record.laps.total_s, forecast.overhead_s + forecast.pages_s, own_s)
 
 
 def _round_of(sent: RoundSent, seconds: float, dirty_pages: int) -> Round:

@@ -35,7 +35,7 @@ from vmmigrate.ownership.compaction import compacted, snapshot
 from vmmigrate.ownership.records import Record, Spawned
 from vmmigrate.ownership.rules import Decision, Event, decide
 from vmmigrate.ownership.state import Ownership, apply
-from vmmigrate.ram.convergence import Estimate
+from vmmigrate.ram.forecast import Typical
 
 # What is kept allocated beyond the end: the records of some hundred migrations that are all about to be decided.
 RESERVE_BYTES = 256 << 10
@@ -255,7 +255,7 @@ class AsyncJournal:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._limiter = trio.CapacityLimiter(1)
-        self.write_s = Estimate()
+        self.write_s = Typical()
 
     @property
     def id(self) -> str:

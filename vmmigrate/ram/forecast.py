@@ -3,7 +3,7 @@
 **Fixed costs.** Each pause that ended well teaches what it took beyond what its last round was forecast to take. That
 is remembered for each destination host, since its journal, its processors and the way there are its own. What the
 guest's devices take is the guest's own, so it is measured on the guest (exporting them is rehearsed while it runs) and
-left out of what is learnt. A host that nothing is known of is assumed to be like this one.
+left out of what is learnt. A host that little is known of is assumed to be like this one.
 
 **A whole migration** is simulated round by round from how many *different* pages the guest writes within some time,
 which is less than its writes: a working set is written over and over. That curve is measured at a few times and
@@ -12,27 +12,61 @@ interpolated; beyond the last one it goes on as steeply as it ended, but never b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
 from vmmigrate.memory import PAGE_SIZE
-from vmmigrate.ram.convergence import Convergence, Estimate, Limits, PauseForecast, Round, Verdict
+from vmmigrate.ram.convergence import Convergence, Limits, PauseForecast, Round, Verdict
 
 _ROUND_TRIPS: Final = 4  # pause, last round, ready, handoff
 _JOURNAL_WRITES: Final = 5  # released; prepared, acquired, started; and one in reserve
 _GUEST_REQUESTS: Final = 12  # of the two guest processes: pause, export, import, open, run
 _UNEXPLAINED_S: Final = 0.005
+_TRUSTED_PAUSES: Final = 3  # with fewer, what is assumed has a say
+_KEPT: Final = 9
 _MOST_ROUNDS: Final = 200
+
+
+class Typical:
+    """What something mostly takes: medians of its newest measurements, so that one which was disturbed says nothing. A
+    forecast that one bad moment could spoil would keep guests from moving, and never learn that it was wrong.
+    """
+
+    def __init__(self, values: Iterable[float] = ()) -> None:
+        self._values = deque(values, maxlen=_KEPT)
+
+    def note(self, value: float) -> None:
+        self._values.append(value)
+
+    def forget(self) -> None:
+        self._values.clear()
+
+    def with_at_least(self, count: int, assumed: float) -> Typical:
+        """The same, with as many measurements of *assumed* as are missing."""
+        return Typical([*self._values, *[assumed] * (count - len(self._values))])
+
+    @property
+    def value(self) -> float:
+        """0 before the first measurement."""
+        return statistics.median(self._values) if self._values else 0.0
+
+    @property
+    def high(self) -> float:
+        """On the careful side by twice of what measurements mostly differ by."""
+        middle = self.value
+        return middle + 2 * (statistics.median(abs(value - middle) for value in self._values) if self._values else 0.0)
 
 
 @dataclass
 class PauseHistory:
     """What pauses took beside last round and devices, towards one destination host."""
 
-    beside_s: Estimate = field(default_factory=lambda: Estimate(weight=0.25))
+    beside_s: Typical = field(default_factory=Typical)
 
     def note(self, downtime_s: float, last_round_s: float, devices_s: float) -> None:
         """A pause of *downtime_s* ended well; the other two were forecast for it."""
@@ -59,16 +93,15 @@ class Rehearsed:
 
     def fixed_s(self, history: PauseHistory) -> float:
         """What a pause will cost beside its last round."""
-        if history.beside_s.count:
-            return history.beside_s.high + self.devices_s + self.verify_s
         assumed = (
             _ROUND_TRIPS * self.round_trip_s
             + _JOURNAL_WRITES * self.journal_s
             + _GUEST_REQUESTS * self.guest_request_s
             + _UNEXPLAINED_S
+            + self.devices_s  # importing takes about as long as exporting
         )
-        # Importing takes about as long as exporting.
-        return assumed + 2 * self.devices_s + self.verify_s
+        beside_s = history.beside_s.with_at_least(_TRUSTED_PAUSES, assumed).high
+        return beside_s + self.devices_s + self.verify_s
 
 
 class DirtyCurve:
