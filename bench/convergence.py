@@ -147,12 +147,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--full", action="store_true", help="more RAM, ratios and policies; else about a minute")
-    parser.add_argument("--mib", type=int, default=None, help="RAM of the guest (128; full: 512)")
-    parser.add_argument("--link", type=int, default=None, help="MiB/s that the link carries (128)")
+    parser.add_argument("--mib", type=int, default=None, help="RAM of the guest (96; full: 256)")
+    parser.add_argument("--link", type=int, default=None, help="MiB/s that the link carries (192)")
     parser.add_argument("--ratios", default=None, help="dirty rate by link (0.5,1.5; full: 0.1,0.25,0.5,0.8,1,1.5,2)")
     parser.add_argument("--policies", default=None, help=f"of {', '.join(policy.name for policy in POLICIES)}")
     arguments = parser.parse_args()
-    mib, link = arguments.mib or (512 if arguments.full else 128), arguments.link or 128
+    mib, link = arguments.mib or (256 if arguments.full else 96), arguments.link or 192
     dirty = arguments.ratios or ("0.1,0.25,0.5,0.8,1,1.5,2" if arguments.full else "0.5,1.5")
     chosen = arguments.policies.split(",") if arguments.policies else [policy.name for policy in POLICIES]
     runs: list[dict[str, Any]] = []
