@@ -48,7 +48,7 @@ class Policy:
 
 POLICIES = (
     Policy("wait"),
-    Policy("auto-converge", {"auto_converge": True, "max_rounds": 100}),
+    Policy("auto-converge", {"auto_converge": True}),
     Policy("force at the end", {"on_timeout": "force", "max_rounds": 100}),
     Policy("force at once", {"max_rounds": 2, "force": True}),
 )

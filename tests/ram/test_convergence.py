@@ -138,7 +138,7 @@ def test_the_last_round_may_still_pause_and_need_not_be_a_minimum() -> None:
 # --------------------------------------------------------------------------- throttling
 
 
-AUTO = Limits(0.05, max_rounds=40, auto_converge=True)
+AUTO = Limits(0.05, auto_converge=True)
 
 
 def test_a_guest_that_will_not_converge_is_throttled_in_steps_each_after_its_effect_was_seen() -> None:
@@ -178,7 +178,7 @@ def test_it_is_throttled_no_further_than_it_helps() -> None:
 
 @given(st.floats(0.1, 20.0))
 def test_a_guest_whose_writes_follow_its_processors_converges_within_few_rounds(ratio: float) -> None:
-    """However fast it writes, in times of what the link carries."""
+    """However fast it writes, in times of what the link carries; within the rounds that are allowed by default."""
     judge, pages, rounds = judge_of(), 200_000, 0
     verdict = Verdict.ANOTHER_ROUND
     while verdict is not Verdict.PAUSE:
@@ -220,15 +220,18 @@ def test_nothing_is_throttled_that_converges_or_was_not_to_be() -> None:
 def test_whatever_the_rounds_were_the_verdict_is_one_of_its_reasons(
     rounds: list[Round], downtime_s: float, max_rounds: int, auto_converge: bool
 ) -> None:
-    judge, limits = judge_of(), Limits(downtime_s, max_rounds, auto_converge)
-    for number, finished in enumerate(rounds, start=1):
+    judge, limits, number = judge_of(), Limits(downtime_s, max_rounds, auto_converge), 0
+    for finished in rounds:
         verdict = judge.after_round(finished, limits)
+        number += 1
         fits = finished.dirty_pages == 0 or judge.forecast(finished.dirty_pages).total_s <= downtime_s
 
         assert judge.rate.mean >= 0.0
         assert fits or verdict is not Verdict.PAUSE
         assert (verdict is Verdict.WILL_NOT_CONVERGE) == (not fits and number >= max_rounds)
-        assert auto_converge or verdict is not Verdict.THROTTLE
+        if verdict is Verdict.THROTTLE:
+            assert auto_converge
+            number = 0
         assert 0 <= judge.throttle_percent <= 99
 
 

@@ -24,7 +24,8 @@ class MigrationOptions:
         streams: Bulk streams wanted; the destination may allow fewer.
         verify: `digest` compares one digest per page as sent and as landed; `full` also hashes all of RAM on both
             sides while the guest is paused.
-        max_rounds: After so many rounds without a prospect of a short pause, stop trying.
+        max_rounds: After so many rounds without a prospect of a short pause, stop trying; counted anew whenever the
+            guest was throttled.
         force: Then pause anyway, instead of giving up.
         auto_converge: Throttle the guest's processors, step by step, when it writes faster than RAM is sent.
         compression: `auto` compresses where that pays, judged all the time; `off` never does.

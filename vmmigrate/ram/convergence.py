@@ -136,7 +136,7 @@ class Convergence:
         dirty = finished.dirty_pages
         if dirty == 0 or (self.forecast(dirty).total_s <= limits.downtime_s and self._is_at_a_minimum(finished)):
             return Verdict.PAUSE
-        if len(self.rounds) >= limits.max_rounds:
+        if self._since_throttled >= limits.max_rounds:
             # Another round would have been better; but none is left, and this one fits.
             fits = self.forecast(dirty).total_s <= limits.downtime_s
             return Verdict.PAUSE if fits else Verdict.WILL_NOT_CONVERGE
@@ -144,6 +144,11 @@ class Convergence:
             self._throttle_more(finished)
             return Verdict.THROTTLE
         return Verdict.ANOTHER_ROUND
+
+    def start_over(self) -> None:
+        """No round was sent yet; what is known of rates stays."""
+        self.rounds.clear()
+        self._since_throttled = 0
 
     def note(self, finished: Round) -> None:
         """Take note of a round, and decide nothing."""

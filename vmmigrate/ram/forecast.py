@@ -160,8 +160,8 @@ def simulate(
     """
     pages, zeros, total_s, sent = first_pages, zero_pages, 0.0, 0
     best: tuple[float, int] | None = None
-    judge.rounds.clear()
-    for _ in range(min(limits.max_rounds, _MOST_ROUNDS)):
+    judge.start_over()
+    for _ in range(_MOST_ROUNDS):
         content = pages - zeros
         seconds = judge.overhead_s.mean + content * PAGE_SIZE / max(judge.rate.mean, 1.0)
         dirty = curve.pages(seconds * (1 - judge.throttle_percent / 100))
