@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -28,6 +28,7 @@ class Stream:
     packing_s_per_byte: float
     ratio: float
     sample_bytes: int = 32 << 10
+    queue_bytes: int = QUEUE_BYTES
     worth: Worth = field(default_factory=Worth)
     now_s: float = 0.0
     unsent_bytes: float = 0.0
@@ -62,29 +63,41 @@ class Stream:
     def _hand_over(self, wire_bytes: int) -> None:
         """Wait until the queue has room, as a blocking socket does."""
         self.unsent_bytes += wire_bytes
-        over = self.unsent_bytes - QUEUE_BYTES
-        if over > 0:
-            self.now_s += over * self.wire_s_per_byte
-            self.unsent_bytes = QUEUE_BYTES
-        if self.worth.note_sent(wire_bytes):
+        waited_s = max(self.unsent_bytes - self.queue_bytes, 0.0) * self.wire_s_per_byte
+        self.now_s += waited_s
+        self.unsent_bytes = min(self.unsent_bytes, self.queue_bytes)
+        if self.worth.note_sent(wire_bytes, waited_s):
             self.worth.note_queue(self.now_s, int(self.unsent_bytes))
+
+
+class Decided(Worth):
+    """One who has decided once and for all."""
+
+    def __init__(self, compresses: bool) -> None:
+        super().__init__()
+        self._compresses = compresses
+
+    def pays(self, way: str) -> bool:
+        return self._compresses
+
+    def wants_sample(self) -> bool:
+        return False
 
 
 def best_s(stream: Stream, records: int) -> float:
     """What the better of always and never takes."""
-    size = records * RECORD_BYTES
-    plain = max(WORK_S_PER_BYTE, stream.wire_s_per_byte)
-    packed = max(stream.packing_s_per_byte + stream.ratio * WORK_S_PER_BYTE, stream.ratio * stream.wire_s_per_byte)
-    return size * min(plain, packed)
+    return min(replace(stream, worth=Decided(always), now_s=0.0).run(records) for always in (False, True))
 
 
 @pytest.mark.parametrize("gigabit_per_s", [0.1, 0.3, 1, 3, 10, 40, 400])
 @pytest.mark.parametrize("ratio", [0.02, 0.33, 0.7, 1.0])
 @pytest.mark.parametrize("packing_s_per_gib", [0.2, 2.0, 5.0])
+@pytest.mark.parametrize("queue_bytes", [QUEUE_BYTES, 128 << 10])
 def test_it_costs_little_more_than_the_better_of_always_and_never(
-    gigabit_per_s: float, ratio: float, packing_s_per_gib: float
+    gigabit_per_s: float, ratio: float, packing_s_per_gib: float, queue_bytes: int
 ) -> None:
-    stream = Stream(GBIT_S_PER_BYTE / gigabit_per_s, packing_s_per_gib / (1 << 30), ratio)
+    """Also with a queue that holds less than a record, as the kernel's does on a link of little delay."""
+    stream = Stream(GBIT_S_PER_BYTE / gigabit_per_s, packing_s_per_gib / (1 << 30), ratio, queue_bytes=queue_bytes)
 
     stream.run(100)  # what the first records teach
     took_s = stream.run(1000)
@@ -100,8 +113,9 @@ def test_a_fast_link_is_hardly_slowed_down_by_samples() -> None:
     assert took_s <= 1000 * RECORD_BYTES * WORK_S_PER_BYTE * 1.03
 
 
-def test_a_slow_link_is_found_out_within_a_few_windows() -> None:
-    stream = Stream(GBIT_S_PER_BYTE, 2.0 / (1 << 30), 0.33)
+@pytest.mark.parametrize("queue_bytes", [QUEUE_BYTES, 128 << 10])
+def test_a_slow_link_is_found_out_within_a_few_windows(queue_bytes: int) -> None:
+    stream = Stream(GBIT_S_PER_BYTE, 2.0 / (1 << 30), 0.33, queue_bytes=queue_bytes)
 
     stream.run(16)
 
@@ -110,9 +124,10 @@ def test_a_slow_link_is_found_out_within_a_few_windows() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 40), (40, 1), (0.1, 40)])
-def test_a_link_that_changes_its_speed_is_found_out(before: float, after: float) -> None:
+@pytest.mark.parametrize("queue_bytes", [QUEUE_BYTES, 128 << 10])
+def test_a_link_that_changes_its_speed_is_found_out(before: float, after: float, queue_bytes: int) -> None:
     """Also one that became faster, although the queue runs empty all the time and tells only a bound."""
-    stream = Stream(GBIT_S_PER_BYTE / before, 4.0 / (1 << 30), 0.33)
+    stream = Stream(GBIT_S_PER_BYTE / before, 4.0 / (1 << 30), 0.33, queue_bytes=queue_bytes)
     stream.run(200)
 
     stream.wire_s_per_byte = GBIT_S_PER_BYTE / after
@@ -131,6 +146,19 @@ def test_data_that_stops_compressing_is_sent_as_it_is() -> None:
     stream.ratio = 1.0
     stream.run(50)
 
+    assert not stream.worth.pays("zstd")
+
+
+def test_a_limit_is_known_before_anything_was_measured_and_forgotten_when_it_is_lifted() -> None:
+    stream = Stream(GBIT_S_PER_BYTE / 400, 2.0 / (1 << 30), 0.33)
+    stream.run(1)
+
+    stream.worth.paced_s_per_byte = GBIT_S_PER_BYTE
+    assert stream.worth.is_dear
+    assert stream.worth.pays("zstd")
+
+    stream.worth.paced_s_per_byte = 0.0
+    assert not stream.worth.is_dear
     assert not stream.worth.pays("zstd")
 
 

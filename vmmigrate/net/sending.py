@@ -141,6 +141,11 @@ class StreamSender:
             self._send_record(RecordKind.END)
         return runs[sent_runs:]
 
+    def pace(self, bytes_per_s: int) -> None:
+        """Send no faster than this from now on; 0 lifts the limit. Any thread may say so at any time."""
+        self.link.pace(bytes_per_s)
+        self._packer.worth.paced_s_per_byte = 1 / bytes_per_s if bytes_per_s else 0.0
+
     def _send_group(self, group: Runs) -> None:
         """One record's worth of pages, or of several records when they are encoded in different ways."""
         if self._packer.wants_copy(self._round):
@@ -236,11 +241,13 @@ class StreamSender:
         size = len(parts[-1]) if parts else 0
         header = RecordHeader(kind, len(table) // RUN_DTYPE.itemsize, self._round, size, self.records)
         whole = (header.pack(), *([table] if table else []), *parts)
+        begun_s, begun_cpu_s = time.monotonic(), time.thread_time()
         self.link.send(*whole)
+        waited_s = time.monotonic() - begun_s - (time.thread_time() - begun_cpu_s)
         self.records += 1
         sent = sum(map(len, whole))
         self.bytes_sent += sent
-        if self._packer.worth.note_sent(sent):
+        if self._packer.worth.note_sent(sent, waited_s):
             self._packer.worth.note_queue(time.monotonic(), self.link.unsent_bytes())
 
 
@@ -304,7 +311,7 @@ class BulkSource:
     def pace(self, bytes_per_s: int) -> None:
         """All streams together send no faster than this from now on; 0 lifts the limit."""
         for sender in self._senders:
-            sender.link.pace(-(-bytes_per_s // len(self._senders)))
+            sender.pace(-(-bytes_per_s // len(self._senders)))
 
     def break_off(self) -> None:
         """Let the round that runs end early; its result tells what it has not sent. The next one is not affected."""

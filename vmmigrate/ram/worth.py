@@ -6,11 +6,15 @@ spends time on bytes. It is as fast as its slower stage:
     as it is      max(work, wire)                          seconds per byte of guest RAM
     compressed    max(packing + ratio * work, ratio * wire)
 
+A queue that holds less than a record cannot keep the link busy while the next one is made: then the faster stage counts
+with what the queue does not last for.
+
 *Work* and *packing* are measured as processor time, so that waiting for the link is not taken for work. *Wire* can be
-measured only while the link is the slower stage, that is while the queue does not run empty: then it is time over bytes
-drained. While the queue runs empty that quotient is only an upper bound; it is taken as such, and creeps down, so that
-a link which became faster is found out: in the end a few records go as they are, and the queue tells. The receiver's
-pace is part of the wire's.
+measured only while the link is the slower stage: then sending waits for room in the queue for a good part of the time
+(or, where the queue is larger than a record, it does not run empty), and the wire's cost is time over bytes drained.
+Otherwise that quotient is only an upper bound; it is taken as such, and creeps down, so that a link which became faster
+is found out: in the end a few records go as they are, and tell. The receiver's pace is part of the wire's. A limit that
+was set is known without being measured.
 
 There are several ways to compress, each with a ratio and a cost of its own. While none is in use, now and then a sample
 is compressed, for the ratio; samples may cost a hundredth of the time.
@@ -26,7 +30,9 @@ from typing import Final
 
 _NEWEST: Final = 0.3  # weight of the newest measurement
 _WINDOW_BYTES: Final = 4 << 20  # sent, before the link's speed is judged anew
+_RECORD_BYTES: Final = 1 << 20  # of guest RAM, mostly
 _QUEUE_IS_BUSY_BYTES: Final = 64 << 10
+_WAITED_SHARE: Final = 0.25  # of the time, in sending: the link is what is waited for
 _CREEP: Final = 0.96
 _SAMPLE_SHARE: Final = 0.01
 _GAIN: Final = 0.95  # what compressing has to bring the time down to before it begins,
@@ -43,24 +49,42 @@ class _Way:
     is_in_use: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Since when the link is looked at, what was sent by then, and how much of that was still unsent."""
+
+    begun_s: float
+    sent_bytes: int
+    unsent_bytes: int
+
+
 class Worth:
     """The judge of one stream. Pure: times are handed in, in seconds.
 
     Attributes:
-        wire_s_per_byte: What the link takes for a byte; 0 until it was the slower stage.
+        paced_s_per_byte: What the limit that was set for the link makes of a byte; 0 without one.
         work_s_per_byte: Processor time per byte of guest RAM that is sent as it is.
     """
 
     def __init__(self) -> None:
-        self.wire_s_per_byte = 0.0
+        self.paced_s_per_byte = 0.0
         self.work_s_per_byte = 0.0
+        self._seen_s_per_byte = 0.0
         self._is_bound = True  # nothing is known of the link but how fast it is at least
         self._ways: dict[str, _Way] = {}
         self._sent_bytes = 0
         self._newest_bytes = 0
-        self._window: tuple[float, int, int] | None = None  # when it began, bytes sent by then, and still unsent
+        self._queue_bytes = 0
+        self._waited_s = 0.0
+        self._records = 0
+        self._window: _Window | None = None
         self._work_since_sample_s = 0.0
         self._sample_s = 0.0
+
+    @property
+    def wire_s_per_byte(self) -> float:
+        """What the link takes for a byte; 0 until it was the slower stage."""
+        return max(self._seen_s_per_byte, self.paced_s_per_byte)
 
     @property
     def is_dear(self) -> bool:
@@ -73,38 +97,57 @@ class Worth:
         if known is None:
             return False
         work, wire = self.work_s_per_byte, self.wire_s_per_byte
-        packed = max(known.packing_s_per_byte + known.ratio * work, known.ratio * wire)
-        known.is_in_use = packed < max(work, wire) * (_GAIN_IN_USE if known.is_in_use else _GAIN)
+        packed = self._through(known.packing_s_per_byte + known.ratio * work, known.ratio * wire)
+        known.is_in_use = packed < self._through(work, wire) * (_GAIN_IN_USE if known.is_in_use else _GAIN)
         return known.is_in_use
+
+    def _through(self, work: float, wire: float) -> float:
+        """Seconds for a byte through both stages: they overlap as long as the queue lasts."""
+        if self._is_bound:
+            return max(work, wire)
+        overlap = self._queue_bytes * self.wire_s_per_byte / _RECORD_BYTES
+        return work + wire - min(work, wire, overlap)
 
     def note_round(self) -> None:
         """A round begins: the link may have been idle since the last record."""
         self._window = None
 
-    def note_sent(self, wire_bytes: int) -> bool:
-        """A record of *wire_bytes* was handed to the socket; whether `note_queue` is due."""
+    def note_sent(self, wire_bytes: int, waited_s: float) -> bool:
+        """A record of *wire_bytes* was handed to the socket, which had no room for it for *waited_s*. Whether
+        `note_queue` is due.
+        """
         self._sent_bytes += wire_bytes
         self._newest_bytes = wire_bytes
-        return self._window is None or self._sent_bytes - self._window[1] >= _WINDOW_BYTES
+        self._records += 1
+        self._waited_s += waited_s
+        return self._window is None or self._sent_bytes - self._window.sent_bytes >= _WINDOW_BYTES
 
     def note_queue(self, now_s: float, unsent_bytes: int) -> None:
         """The socket's queue now holds *unsent_bytes*; that is asked between two records."""
         if self._window is not None:
-            begun_s, sent_before, unsent_before = self._window
-            drained = self._sent_bytes - sent_before - (unsent_bytes - unsent_before)
-            if drained > 0:
-                # The record that was handed over just now waits in any queue; was there something before it?
-                self._judge_link((now_s - begun_s) / drained, min(unsent_before, unsent_bytes) - self._newest_bytes)
-        self._window = (now_s, self._sent_bytes, unsent_bytes)
+            self._judge_link(self._window, now_s - self._window.begun_s, unsent_bytes)
+        self._window = _Window(now_s, self._sent_bytes, unsent_bytes)
+        self._records, self._waited_s = 0, 0.0
 
-    def _judge_link(self, seen_s_per_byte: float, queued_bytes: int) -> None:
-        if queued_bytes < _QUEUE_IS_BUSY_BYTES:
-            self.wire_s_per_byte = min(self.wire_s_per_byte * _CREEP, seen_s_per_byte)
-            self._is_bound = True
-        else:
-            known = 0.0 if self._is_bound else self.wire_s_per_byte
-            self.wire_s_per_byte = _smoothed(known, seen_s_per_byte)
+    def _judge_link(self, window: _Window, elapsed_s: float, unsent_bytes: int) -> None:
+        drained = self._sent_bytes - window.sent_bytes - (unsent_bytes - window.unsent_bytes)
+        if drained <= 0 or elapsed_s <= 0:
+            return
+        self._queue_bytes = max(window.unsent_bytes, unsent_bytes)
+        # The record that was handed over just now waits in any queue; was there something before it?
+        never_empty = min(window.unsent_bytes, unsent_bytes) - self._newest_bytes >= _QUEUE_IS_BUSY_BYTES
+        if never_empty or self._waited_s >= elapsed_s * _WAITED_SHARE:
+            known = 0.0 if self._is_bound else self._seen_s_per_byte
+            self._seen_s_per_byte = _smoothed(known, self._busy_s(drained, elapsed_s) / drained)
             self._is_bound = False
+        else:
+            self._seen_s_per_byte = min(self._seen_s_per_byte * _CREEP, elapsed_s / drained)
+            self._is_bound = True
+
+    def _busy_s(self, drained: int, elapsed_s: float) -> float:
+        """How long the link was busy: for as long as it was waited for, it drained all but what the queue held."""
+        while_waiting = drained - self._records * self._queue_bytes
+        return elapsed_s if while_waiting <= 0 else min(self._waited_s * drained / while_waiting, elapsed_s)
 
     def note_work(self, ram_bytes: int, cpu_s: float) -> None:
         """So much was sent as it is, and took that much processor time."""
