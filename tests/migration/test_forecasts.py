@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 import trio
 
-from tests.migration.fleet import ObservedHypervisor, check, create, migrate, open_fleet, stress, wait_filled
+from tests.cli.schema import contract, misfits
+from tests.migration.fleet import (
+    ObservedHypervisor,
+    check,
+    create,
+    migrate,
+    open_fleet,
+    stress,
+    wait_filled,
+    wait_outcome,
+)
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp
 
 BUSY_S = 0.4
+RECORD = contract("migration-record", "record")
 
 
 class BusyAtFirst(ObservedHypervisor):
@@ -58,3 +69,18 @@ async def test_how_far_a_forecast_was_off_is_recorded(tmp_path: Path, verify: st
         parts = told["fixed_s"] + told["overhead_s"] + told["pages_s"]
         assert told["pause_s"] == pytest.approx(parts)
         assert told["pause_s"] + told["error_s"] == pytest.approx(record["downtime_s"])
+
+
+async def test_the_records_of_both_hosts_are_as_their_contract_says(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+        instance = await create(alpha, program=stress(2, 2000))
+        await wait_filled(alpha, instance, 2 * 256)
+
+        ours = await migrate(alpha, beta, instance, bandwidth_mib_s=32)
+        theirs = await wait_outcome(beta, ours["migration_id"])
+
+        assert [*misfits(RECORD, ours), *misfits(RECORD, theirs)] == []
+        sent, landed = ours["ram"]["rounds"], theirs["ram"]["rounds"]
+        assert [each["pages"] for each in sent] == [each["pages"] for each in landed]
+        assert sum(each["bytes"] for each in landed) == theirs["ram"]["sent_bytes"] == ours["ram"]["sent_bytes"]

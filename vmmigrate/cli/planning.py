@@ -47,9 +47,9 @@ def lines_of(plan: Mapping[str, Any]) -> Iterator[str]:
         yield f"converges: {size:.0f} MiB in {rounds} rounds and {plan['total_s']:.2f} s"
     else:
         spent = f"{rounds} rounds, {size:.0f} MiB and {plan['total_s']:.2f} s"
-        yield f"will not converge: after {spent} it would be given up"
+        yield f"will not converge: after {spent} no pause would be short enough"
     if not plan["in_time"]:
-        yield "too slow:  it would be given up before, as --timeout-s says"
+        yield "too slow:  it would take longer than --timeout-s allows"
     parts = ", ".join(f"{name} {seconds * 1000:.1f}" for name, seconds in plan["pause_parts_s"].items())
     allowed = f"allowed are {plan['limit_s'] * 1000:.0f}"
     yield f"pause      {plan['pause_s'] * 1000:.1f} ms ({parts}); {allowed}"

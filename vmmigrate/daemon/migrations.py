@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import trio
@@ -61,6 +61,8 @@ from vmmigrate.wire.negotiate import Abilities
 log = structlog.get_logger(__name__)
 
 TICKET_BYTES = 32
+_LEARNT_KEPT = 1000
+K = TypeVar("K", bound=dict[Any, Any])
 
 
 class Migrations:
@@ -195,7 +197,7 @@ class Migrations:
             ask_destination=partial(self._ask_destination, destination),
             abilities=self.abilities,
             steering=steering,
-            history=self._histories[destination.name],
+            history=_newest(self._histories)[destination.name],
             planned=self._plans.get((instance_id, destination.name)),
             deadlines=self.deadlines,
         )
@@ -312,7 +314,7 @@ class Migrations:
         """A plan is kept until the move is made, or planned anew."""
         key = (migration.instance_id, migration.destination.name)
         if migration.record.plan is not None:
-            self._plans[key] = migration.record.plan
+            _newest(self._plans)[key] = migration.record.plan
         elif migration.record.outcome is Outcome.MOVED:
             self._plans.pop(key, None)
 
@@ -550,7 +552,7 @@ class Migrations:
         if record["role"] != phases.Role.SOURCE.value:
             raise RequestError(f"migration {migration_id} is adjusted at its source", code="not_the_source")
         migration = self.sources.get(migration_id)
-        if migration is None or record["outcome"] is not None:
+        if migration is None or record["outcome"] not in {None, Outcome.UNKNOWN.value}:
             raise RequestError(f"migration {migration_id} is over", code="migration_over")
         if migration.is_pausing:
             raise RequestError(f"migration {migration_id}: the pause of the guest has begun", code="guest_paused")
@@ -571,6 +573,13 @@ class Migrations:
     def _advertised(self) -> str:
         host = self.host.config.listen.advertise or self.host.config.listen.migration[0]
         return f"[{host}]" if ":" in host else host
+
+
+def _newest(kept: K) -> K:
+    """The same, with room for another: what is learnt of hosts and instances that are named is not kept for ever."""
+    while len(kept) >= _LEARNT_KEPT:
+        del kept[next(iter(kept))]
+    return kept
 
 
 def sweep() -> None:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -63,6 +63,8 @@ class Copy:
         sent_bytes, tally: Of sessions that have ended.
         rehearsals: What a pause will cost here, as far as it can be measured beforehand.
         forecast: Of the pause, at the moment when it was decided upon.
+        begun_s: When the first page was about to be sent.
+        can_throttle: No hypervisor has said no so far.
     """
 
     page_hash: PageHash
@@ -77,6 +79,8 @@ class Copy:
     tally: Tally = field(default_factory=Tally.empty)
     rehearsals: Rehearsals = field(default_factory=Rehearsals)
     forecast: PauseForecast | None = None
+    begun_s: float | None = None
+    can_throttle: bool = True
 
     def close_session(self, bulk: BulkSource) -> None:
         """Close the streams of a session that is over; what it did is added up."""
@@ -119,7 +123,7 @@ async def copy_while_running(
         if verdict is Verdict.WILL_NOT_CONVERGE:
             raise _will_not_converge(copy, migration)
         if verdict is Verdict.THROTTLE:
-            await _throttle(copy.judge.throttle_percent, migration)
+            await _throttle(copy, migration)
     assert copy.pending is not None
     await trio.to_thread.run_sync(copy.refresh)  # what can be done before the pause is done before it
     copy.forecast = copy.judge.forecast(copy.pending.count())
@@ -173,6 +177,7 @@ async def begin_copy(agreed: Agreed, copy: Copy, migration: SourceMigration) -> 
     record.ram.hole_bytes = (guest.ram.layout.pages - pages.count()) * PAGE_SIZE
     migration.offered = pages.copy()
     copy.pending = pages
+    copy.begun_s = time.monotonic()
 
 
 async def _rehearse(agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
@@ -215,6 +220,8 @@ async def _one_round(
         copy.pending = pending
         copy.number += 1
     _remember_offered(migration, pending)
+    if not migration.options.auto_converge:
+        await let_go(copy.judge, migration)
     copy.judge.fixed_s = _fixed_s(copy, migration)
     if copy.judge.forecast(0).total_s > migration.steering.limits.downtime_s:
         # It would not fit with nothing left to send: was it measured in a bad moment?
@@ -222,7 +229,10 @@ async def _one_round(
         copy.judge.fixed_s = _fixed_s(copy, migration)
     number, finished = copy.number - 1, _round_of(sent, seconds, pending.count())
     throttled = copy.judge.throttle_percent
-    verdict = copy.judge.after_round(finished, migration.steering.limits)
+    limits = migration.steering.limits
+    verdict = copy.judge.after_round(
+        finished, replace(limits, auto_converge=limits.auto_converge and copy.can_throttle)
+    )
     _note_round(migration.record, finished, throttled)
     _note_judgement(copy, migration)
     log.info("round.finished", round=number, pages=sent.pages, dirty_pages=finished.dirty_pages, verdict=verdict.value)
@@ -296,16 +306,37 @@ async def _beside(bulk: BulkSource, copy: Copy, record: MigrationRecord, pages: 
         nursery.cancel_scope.cancel()
 
 
-async def _throttle(percent: int, migration: SourceMigration) -> None:
+async def _throttle(copy: Copy, migration: SourceMigration) -> None:
     """Hold the guest's processors; one that cannot be held goes on as it is."""
     migration.is_throttled = True
+    percent = copy.judge.throttle_percent
     try:
         await migration.live.throttle(percent)
     except HypervisorError as error:
         if error.code == "guest_lost":
             raise
+        if error.code == "not_supported":
+            migration.is_throttled, copy.can_throttle, copy.judge.throttle_percent = False, False, 0
         _note_once(migration.record, f"the guest cannot be throttled: {error.text}")
+        return
     log.info("guest.throttled", migration=migration.migration_id, percent=percent)
+
+
+async def let_go(judge: Convergence, migration: SourceMigration) -> None:
+    """The guest's processors are not held any more, if they were. Nothing else is wrong with a guest that does not obey
+    at once: it is let go at the latest when it is resumed, here or there.
+    """
+    if not migration.is_throttled:
+        return
+    judge.throttle_percent = 0
+    try:
+        await migration.live.throttle(0)
+    except HypervisorError as error:
+        if error.code == "guest_lost":
+            raise
+        _note_once(migration.record, f"the guest is still throttled: {error.text}")
+        return
+    migration.is_throttled = False
 
 
 def _will_not_converge(copy: Copy, migration: SourceMigration) -> ConvergenceError:
@@ -339,7 +370,7 @@ def note_pause(copy: Copy, migration: SourceMigration) -> None:
     if migration.planned is not None:
         record.forecast["planned"] = {
             "total_s": migration.planned["total_s"],
-            "total_error_s": record.total_s - migration.planned["total_s"],
+            "total_error_s": time.monotonic() - (copy.begun_s or 0.0) - migration.planned["total_s"],
             "pause_s": migration.planned["pause_s"],
             "pause_error_s": record.laps.total_s - migration.planned["pause_s"],
             "ram_bytes": migration.planned["ram_bytes"],

@@ -145,8 +145,8 @@ async def _land_round(
     await _while_bulk_moves(bulk, migration, partial(bulk.wait_round, end.round_number, end.records))
     await arriving.populating.settle()
     arriving.applied_round = end.round_number
-    received = arriving.received_bytes + bulk.bytes_received
-    migration.record.ram.sent_bytes = received
-    migration.record.progress.update(round=end.round_number, bytes=received, dirty_pages=end.dirty_pages)
-    migration.record.ram.rounds.append({"pages": end.pages, "bytes": received})
+    record, received = migration.record, arriving.received_bytes + bulk.bytes_received
+    record.ram.rounds.append({"pages": end.pages, "bytes": received - record.ram.sent_bytes})
+    record.ram.sent_bytes = received
+    record.progress.update(round=end.round_number, bytes=received, dirty_pages=end.dirty_pages)
     return m.RoundApplied(end.round_number, received)

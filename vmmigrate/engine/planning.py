@@ -19,13 +19,14 @@ import trio
 
 from vmmigrate.engine.agreement import Agreed
 from vmmigrate.engine.copying import Copy, begin_copy, run_round
+from vmmigrate.engine.limits import MigrationOptions
 from vmmigrate.engine.outgoing import SourceMigration
 from vmmigrate.errors import HypervisorError, MigrationCancelled
 from vmmigrate.memory import PAGE_SIZE, PageBitmap
 from vmmigrate.net.channel import Channel
 from vmmigrate.net.sending import BulkSource
 from vmmigrate.net.threads import open_group
-from vmmigrate.ram.convergence import Convergence, Estimate, Limits
+from vmmigrate.ram.convergence import Convergence, Estimate, Limits, PauseForecast
 from vmmigrate.ram.forecast import DirtyCurve, MigrationForecast, simulate
 
 log = structlog.get_logger(__name__)
@@ -61,7 +62,7 @@ async def plan_out(channel: Channel, bulk: BulkSource, agreed: Agreed, copy: Cop
         judge=copy.judge,
         dirty_pages=[taken.count() for taken in marks],
     )
-    migration.record.plan = _plan_of(measured, migration.steering.limits, migration.steering.options.timeout_s)
+    migration.record.plan = _plan_of(measured, migration.steering.limits, migration.steering.options)
     log.info("migration.planned", migration=migration.migration_id)
     raise MigrationCancelled("it was to be planned, and nothing was to move")
 
@@ -118,10 +119,10 @@ def _windows(marks: Sequence[PageBitmap]) -> list[tuple[float, int]]:
 # --------------------------------------------------------------------------- what is told
 
 
-def _plan_of(measured: _Measured, limits: Limits, timeout_s: float) -> dict[str, Any]:
+def _plan_of(measured: _Measured, limits: Limits, chosen: MigrationOptions) -> dict[str, Any]:
     """The plan as programs get it (docs/contracts/plan.json)."""
     forecast, judge = measured.forecast(limits), measured.judge
-    in_time = forecast.total_s <= timeout_s
+    in_time = forecast.total_s <= chosen.timeout_s
     interval_dirty = float(np.mean(measured.dirty_pages)) * PAGE_SIZE / _INTERVAL_S
     return {
         "converges": forecast.converges,
@@ -140,7 +141,7 @@ def _plan_of(measured: _Measured, limits: Limits, timeout_s: float) -> dict[str,
         "dirty_rate_bytes_per_s": int(interval_dirty),
         "working_set_bytes": measured.curve.pages(_INTERVAL_S * _INTERVALS) * PAGE_SIZE,
         "confidence": _confidence(measured),
-        "would_help": _remedies(measured, limits, forecast, in_time),
+        "would_help": _remedies(measured, limits, forecast, in_time, forced=chosen.force),
     }
 
 
@@ -162,12 +163,19 @@ def _spread(values: Sequence[int]) -> float:
     return float(means.std() / means.mean())
 
 
-def _remedies(measured: _Measured, limits: Limits, forecast: MigrationForecast, in_time: bool) -> list[dict[str, Any]]:
-    """Options with which it would converge, or end, and what it would then be like; none if none is needed."""
+def _remedies(
+    measured: _Measured, limits: Limits, forecast: MigrationForecast, in_time: bool, *, forced: bool
+) -> list[dict[str, Any]]:
+    """Options with which it would converge, or end, and what it would then be like; none if none is needed.
+
+    Args:
+        forced: That was chosen already.
+    """
     found = list[dict[str, Any]]()
 
-    def would_end(options: dict[str, Any], would: MigrationForecast) -> None:
-        found.append({"options": options, "total_s": would.total_s, "pause_s": would.pause.total_s})
+    def would_end(options: dict[str, Any], would: MigrationForecast, pause: PauseForecast | None = None) -> None:
+        pause_s = (pause or would.pause).total_s
+        found.append({"options": options, "total_s": would.total_s - would.pause.total_s + pause_s, "pause_s": pause_s})
 
     if not in_time:
         would_end({"timeout_s": math.ceil(forecast.total_s * _AMPLE)}, forecast)
@@ -182,5 +190,7 @@ def _remedies(measured: _Measured, limits: Limits, forecast: MigrationForecast, 
         would = measured.forecast(changed)
         if would.converges:
             would_end(options, would)
-    would_end({"force": True}, forecast)
+    if not forced:
+        # After the last round, whatever was at its best before.
+        would_end({"force": True}, forecast, measured.judge.forecast(forecast.rounds[-1].dirty_pages))
     return found

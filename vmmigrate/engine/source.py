@@ -17,7 +17,15 @@ import trio
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.devices.time import TimeData
 from vmmigrate.engine.agreement import Agreed, negotiate, synchronise
-from vmmigrate.engine.copying import Copy, catch_up, copy_the_rest, copy_while_running, new_copy, note_pause
+from vmmigrate.engine.copying import (
+    Copy,
+    catch_up,
+    copy_the_rest,
+    copy_while_running,
+    let_go,
+    new_copy,
+    note_pause,
+)
 from vmmigrate.engine.frozen import Frozen
 from vmmigrate.engine.metrics import MigrationRecord, Outcome
 from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, SourceMigration, conclude, stayed_cut, undo
@@ -98,7 +106,8 @@ class _Way:
 async def _up_to_ready(way: _Way, offer: m.Offer, migration: SourceMigration) -> Copy:
     """All that can be undone, in as many sessions as it takes."""
     async with open_group() as group:
-        group.start_soon(migration.steering.watch_the_time)
+        if not migration.options.plan_only:  # what is foretold is also whether the time would be enough
+            group.start_soon(migration.steering.watch_the_time)
         with way.channel.interruptible():
             agreed = await negotiate(way.channel, offer, migration)
         copy = new_copy(agreed, migration)
@@ -142,6 +151,7 @@ async def _resume(way: _Way, agreed: Agreed, copy: Copy, migration: SourceMigrat
         raise error
     way.channel.fail(error)
     log.warning("migration.link_lost", migration=migration.migration_id, code=error.code, text=error.text)
+    await let_go(copy.judge, migration)  # nothing is sent that it could be too fast for
     with trio.move_on_after(migration.deadlines.resume_window_s):
         while True:
             channel, resume = await migration.resumption.next()
