@@ -6,22 +6,31 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def printed_by(bench: str, *options: str) -> dict[str, Any]:
+    """The JSON document of a run that succeeded."""
+    command = [sys.executable, f"bench/{bench}.py", "--json", *options]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    printed: dict[str, Any] = json.loads(ran.stdout)
+    assert set(printed) == {"name", "ratios", "runs"}
+    assert printed["name"] == bench
+    assert printed["ratios"]
+    assert all(ratio >= 0 for ratio in printed["ratios"].values())
+    return printed
+
+
 @pytest.mark.slow
 def test_the_ram_bench_copies_with_every_contender_and_prints_the_contract() -> None:
     """It compares the memory of both processes after every copy, and fails when they differ."""
-    command = [sys.executable, "bench/ram_throughput.py", "--json", "--mib", "8", "--rounds", "1"]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    printed = printed_by("ram_throughput", "--mib", "8", "--rounds", "1")
 
-    assert ran.returncode == 0, ran.stderr
-    printed = json.loads(ran.stdout)
-    assert set(printed) == {"name", "ratios", "runs"}
-    assert printed["name"] == "ram_throughput"
     contenders = {run["contender"] for run in printed["runs"]}
     assert contenders == {"raw", "ssl", "seal-only", "tls-1", "sealed-1", "sealed-2", "sealed-4"}
     assert {(run["content"], run["cold"]) for run in printed["runs"]} == {
@@ -30,5 +39,79 @@ def test_the_ram_bench_copies_with_every_contender_and_prints_the_contract() -> 
         ("incompressible", True),
     }
     assert all(run["seconds"] > 0 and run["source_cpu_s_per_gib"] > 0 for run in printed["runs"])
-    assert all(ratio > 0 for ratio in printed["ratios"].values())
     assert "sealed-1 / raw, incompressible, populated" in printed["ratios"]
+
+
+@pytest.mark.slow
+def test_the_compression_bench_copies_with_every_contender_and_prints_the_contract() -> None:
+    """It compares the memory of both processes, and the speed of the link with what was set, after every copy."""
+    printed = printed_by(
+        "compression", "--mib", "8", "--rounds", "1", "--contents", "incompressible,structs,text,resent"
+    )
+
+    runs = printed["runs"]
+    assert {run["link"] for run in runs} == {"1 Gb/s", "unlimited"}
+    assert {run["contender"] for run in runs if run["content"] == "structs"} == {"off", "on", "auto"}
+    assert {run["contender"] for run in runs if run["content"] == "resent"} == {"off", "on", "auto, no cache", "auto"}
+    assert all(sum(run["pages"].values()) >= 8 * 256 and run["wire_mib"] > 0 for run in runs)
+    assert {run["pages"]["raw"] for run in runs if (run["content"], run["contender"]) == ("text", "on")} == {0}
+    assert {
+        "auto / off, structs, 1 Gb/s",
+        "auto / off, text, 1 Gb/s",
+        "auto / off, incompressible, unlimited",
+        "auto / better of off and on, structs, unlimited",
+        "auto / auto, no cache, resent, 1 Gb/s",
+        "memory / wire, auto, resent, 1 Gb/s",
+        "off / link, incompressible, 1 Gb/s",
+    } <= set(printed["ratios"])
+
+
+@pytest.mark.slow
+def test_the_memory_bench_moves_a_guest_to_and_fro_and_prints_the_contract() -> None:
+    """After every move the guest checks its memory, or the bench fails."""
+    printed = printed_by("memory", "--cases", "8 GiB sparse", "--caches", "32", "--moves", "3")
+
+    runs = printed["runs"]
+    assert [(run["number"], run["role"], run["time"]) for run in runs] == [
+        (number, role, "first" if number < 2 else "later") for number in range(3) for role in ("source", "destination")
+    ]
+    assert all(run["growth_mib"] >= run["growth_by_smaps_mib"] and run["before_mib"] > 0 for run in runs)
+    assert all(run["looks"] > 1 and run["glances"] > 1 for run in runs)
+    assert set(printed["ratios"]) == {
+        f"{what} / allowed, {role}, {when}, 8 GiB sparse, cache 32 MiB"
+        for what in ("growth", "over new")
+        for role in ("source", "destination")
+        for when in ("first", "later")
+    }
+
+
+@pytest.mark.slow
+def test_the_pause_bench_tells_the_gap_that_the_guest_saw_in_every_move_and_prints_the_contract() -> None:
+    printed = printed_by("pause", "--mib", "32", "--moves", "2", "--cases", "light,busy")
+
+    runs = printed["runs"]
+    assert [(run["name"], run["number"], run["outcome"]) for run in runs] == [
+        (name, number, "moved") for name in ("light", "busy") for number in range(2)
+    ]
+    assert all(run["gap_ms"] >= run["steady_p50_ms"] > 0 for run in runs)
+    assert {
+        "kept, all",
+        "moved, all",
+        "gap p50 / wanted, light",
+        "gap p99 / wanted, light",
+        "forecast off, busy",
+    } <= set(printed["ratios"])
+
+
+@pytest.mark.slow
+def test_the_convergence_bench_tells_how_each_policy_ends_and_prints_the_contract() -> None:
+    """A guest that writes three times what the link carries: only those end well that do something about it."""
+    printed = printed_by("convergence", "--mib", "24", "--link", "48", "--ratios", "3")
+
+    ended = {run["policy"]: run["ended"] for run in printed["runs"]}
+    assert ended["wait"] in {"will_not_converge", "timed_out_total"}
+    assert {ended["force at the end"], ended["force at once"]} == {"moved"}
+    assert all((run["gap_ms"] is not None) is (run["ended"] == "moved") for run in printed["runs"])
+    throttled = {run["policy"]: run["throttle_percent"] for run in printed["runs"]}
+    assert throttled["auto-converge"] > 0 == throttled["wait"]
+    assert "wait, dirty 3 of the link: total / RAM once" in printed["ratios"]
