@@ -19,6 +19,8 @@ from tests.cli.schema import contract, misfits
 from tests.cli.test_hosts import DEADLINE_S, Fleet
 from vmmigrate.cli.exits import Exit
 
+pytestmark = pytest.mark.slow
+
 RECORD: Final = contract("migration-record", "record")
 MIB: Final = 48
 CALM: Final = json.dumps({"name": "stress", "working_set_mib": MIB, "rate_pages_per_s": 0})

@@ -16,6 +16,8 @@ from tests.cli.schema import contract, misfits
 from tests.cli.test_hosts import DEADLINE_S, Fleet
 from vmmigrate.cli.exits import Exit
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT: Final = contract("plan", "document")
 CALM: Final = json.dumps({"name": "stress", "working_set_mib": 2, "rate_pages_per_s": 500})
 RESTLESS: Final = json.dumps({"name": "stress", "working_set_mib": 4, "rate_pages_per_s": 4000})

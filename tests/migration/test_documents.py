@@ -37,6 +37,8 @@ from vmmigrate.spec.creatable import check_creatable
 from vmmigrate.wire import codec
 from vmmigrate.wire.messages import DeviceEntry, Preamble
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2] / "fixtures" / "specs"
 FEATURES = frozenset({"failure-injection"})
 OVERRIDES = {"ram_bytes": 64 * MIB, "cpus": 2}

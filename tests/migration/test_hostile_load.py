@@ -39,6 +39,8 @@ from vmmigrate.wire.codec import MAX_SPEC_BYTES
 from vmmigrate.wire.framing import HEADER, MAX_BODY_BYTES
 from vmmigrate.wire.phases import Kind
 
+pytestmark = pytest.mark.slow
+
 LOOPBACK = "127.0.0.1"
 DEADLINE_S = 30.0
 MIB = 1 << 20

@@ -30,6 +30,8 @@ from tests.migration.fleet import (
 )
 from vmmigrate.errors import VmMigrateError
 
+pytestmark = pytest.mark.slow
+
 PLAN: Final = contract("plan", "document")["properties"]["plan"]
 RECORD: Final = contract("migration-record", "record")
 RESTLESS: Final = stress(4, 4000)

@@ -31,6 +31,8 @@ from tests.migration.test_in_doubt import SlowToOpen, TellsWhenImported, Wire
 from vmmigrate.api.client import open_client
 from vmmigrate.errors import VmMigrateError
 
+pytestmark = pytest.mark.slow
+
 PROOF = "beta is powered off, ticket 4711"
 
 

@@ -29,6 +29,8 @@ from tests.migration.test_in_doubt import SlowToOpen
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp
 
+pytestmark = pytest.mark.slow
+
 
 class Disk:
     """A disk whose fsync fails from the moment that a test says so."""

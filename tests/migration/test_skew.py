@@ -34,6 +34,8 @@ from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp, PayloadDescription
 from vmmigrate.wire.negotiate import Abilities
 
+pytestmark = pytest.mark.slow
+
 SMBIOS = {"manufacturer": "Oxide", "product_name": "ox", "serial_number": "1", "version": 2}
 OLDEST = {"uart-16550": (1,), "bhyve-rtc": (1,), "pci-virtio": (1,)}
 NEWEST = {"uart-16550": 2, "bhyve-rtc": 2, "pci-virtio": 2}

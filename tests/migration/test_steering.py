@@ -39,6 +39,8 @@ from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp
 from vmmigrate.hypervisor.embedded import finding
 from vmmigrate.memory import MIB, PAGE_SIZE
 
+pytestmark = pytest.mark.slow
+
 RESTLESS: Final = stress(3, 3000)
 # All of the working set takes more than 400 ms, in which all of it is written again: no such pause is ever in sight.
 HOPELESS: Final = {"bandwidth_mib_s": 6, "downtime_ms": 350, "max_rounds": 1000}

@@ -57,6 +57,8 @@ from vmmigrate.ownership.records import Record
 from vmmigrate.wire import messages as m
 from vmmigrate.wire import phases
 
+pytestmark = pytest.mark.slow
+
 LOOPBACK = "127.0.0.1"
 DEADLINE_S = 10.0
 HOUR = timedelta(hours=1)
