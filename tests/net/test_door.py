@@ -143,6 +143,24 @@ async def test_a_right_hello_opens_each_stream_in_its_place(
         assert opened.refused() == 0
 
 
+@pytest.mark.parametrize("transport", [SEALED, TLS])
+async def test_a_stream_works_ahead_of_a_slow_link(
+    source_files: TlsFiles, destination_files: TlsFiles, transport: str
+) -> None:
+    """What is sent waits in the socket while the next is made ready, and not only the few KiB that trio lets wait."""
+    async with open_door(source_files) as opened:
+        with opened.door.expect(secrets_of(), DESTINATION, 1, transport) as appointment:
+            (theirs,) = await open_all(opened, destination_files, 1, secrets_of(), transport)
+            (ours,) = await opened.door.collect(appointment)
+        ours.pace(1 << 20)
+
+        await trio.to_thread.run_sync(ours.send, bytes(512 << 10))
+
+        assert ours.unsent_bytes() > 200 << 10
+        ours.close()
+        theirs.close()
+
+
 @pytest.mark.parametrize("said", [b"!", bytes(1 << 20)], ids=["little", "much"])
 async def test_what_a_source_seals_right_behind_its_proof_is_not_lost(
     source_files: TlsFiles, destination_files: TlsFiles, said: bytes

@@ -149,6 +149,18 @@ def test_data_that_stops_compressing_is_sent_as_it_is() -> None:
     assert not stream.worth.pays("zstd")
 
 
+def test_waiting_for_a_processor_is_not_waiting_for_the_link() -> None:
+    """Half of the time, in sending: a busy host with a fast link."""
+    worth, now_s, delayed_s = Worth(), 0.0, 0.0
+    for _ in range(64):
+        worth.note_work(RECORD_BYTES, 0.001)
+        now_s, delayed_s = now_s + 0.002, delayed_s + 0.001
+        if worth.note_sent(RECORD_BYTES, 0.001):
+            worth.note_queue(now_s, 0, delayed_s)
+
+    assert not worth.is_dear
+
+
 def test_a_limit_is_known_before_anything_was_measured_and_forgotten_when_it_is_lifted() -> None:
     stream = Stream(GBIT_S_PER_BYTE / 400, 2.0 / (1 << 30), 0.33)
     stream.run(1)

@@ -184,6 +184,8 @@ class BulkDoor:
         context = self._credentials()
         sock = socket.socket(fileno=stream.socket.detach())
         try:
+            # Trio lets hardly anything wait in its sockets; a thread that blocks could then not work ahead of the link.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
             peer_name = address_text(*sock.getpeername()[:2])
             visitor = _Visitor(sock, sock.dup(), context)
         except OSError as exc:  # gone again already, or no descriptors left

@@ -19,7 +19,7 @@ import trio
 
 from vmmigrate.memory import PageBitmap, RamLayout, Runs, pages_in, runs_of_pages, split_runs
 from vmmigrate.net.links import SendLink
-from vmmigrate.net.threads import run_all_joined
+from vmmigrate.net.threads import run_all_joined, run_delay_s
 from vmmigrate.ram.delta import DeltaCache
 from vmmigrate.ram.digest import Digests, PageHash
 from vmmigrate.ram.encoding import RAW, WORD_OF, ZERO, Encoded, Packer, Tally
@@ -248,7 +248,7 @@ class StreamSender:
         sent = sum(map(len, whole))
         self.bytes_sent += sent
         if self._packer.worth.note_sent(sent, waited_s):
-            self._packer.worth.note_queue(time.monotonic(), self.link.unsent_bytes())
+            self._packer.worth.note_queue(time.monotonic(), self.link.unsent_bytes(), run_delay_s())
 
 
 class BulkSource:

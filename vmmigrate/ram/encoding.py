@@ -9,6 +9,7 @@ is hashed, compressed and remembered as the base of later deltas is that copy, n
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ class Packer:
         self._compressor = zstandard.ZstdCompressor(level=LEVEL)
         self._copy: Pages = np.empty((MAX_RECORD_PAGES, PAGE_SIZE // 8), dtype=np.uint64)
         self._groups = 0
+        self._unpaid_s = 0.0  # processor time for copies, which belongs to what is made of them
 
     def wants_copy(self, round_number: int) -> bool:
         """Whether the next pages should be encoded; else they are sent straight from where they lie."""
@@ -111,13 +113,21 @@ class Packer:
 
     def copy_of(self, ram: Pages, index: slice | Numbers) -> Pages:
         """A private copy of at most one record's pages, good until the next call."""
-        if isinstance(index, slice):
-            copy = self._copy[: index.stop - index.start]
-            copy[:] = ram[index]
-        else:
-            copy = self._copy[: len(index)]
-            np.take(ram, index, axis=0, out=copy, mode="clip")  # every other mode makes a copy on the way
+        with self._on_account():
+            if isinstance(index, slice):
+                copy = self._copy[: index.stop - index.start]
+                copy[:] = ram[index]
+            else:
+                copy = self._copy[: len(index)]
+                np.take(ram, index, axis=0, out=copy, mode="clip")  # every other mode makes a copy on the way
         return copy
+
+    @contextlib.contextmanager
+    def _on_account(self) -> Iterator[None]:
+        """What is done inside is paid for by the next that is packed."""
+        begun = self._clock()
+        yield
+        self._unpaid_s += self._clock() - begun
 
     def encode(self, numbers: Numbers, pages: Pages, bases: Digests, round_number: int) -> Iterator[Encoded]:
         """Records that carry *pages*, a private copy of the pages *numbers*; to be taken all.
@@ -132,7 +142,8 @@ class Packer:
         if not held.all():
             yield from self._whole(numbers[~held], pages[~held] if held.any() else pages)
         if self._cache is not None and round_number > _FIRST_ROUND:
-            self._cache.keep(numbers, pages, round_number)
+            with self._on_account():
+                self._cache.keep(numbers, pages, round_number)
 
     def forget(self, index: slice | Numbers) -> None:
         """The pages at *index* were sent straight from live memory: nobody knows as what."""
@@ -142,7 +153,9 @@ class Packer:
     def maybe_sample(self, pages: Pages) -> None:
         """Find out how *pages* would compress, if that is due."""
         if self._may_compress and len(pages) and self.worth.wants_sample():
+            unpaid_s, self._unpaid_s = self._unpaid_s, 0.0
             self._pack(ZSTD, pages[:: max(len(pages) // _SAMPLE_PAGES, 1)][:_SAMPLE_PAGES])
+            self._unpaid_s = unpaid_s
 
     def _held(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
         """Of which pages a delta should be tried. What did not pay is tried again from time to time."""
@@ -153,8 +166,9 @@ class Packer:
 
     def _delta(self, numbers: Numbers, pages: Pages, bases: Digests) -> Iterator[Encoded]:
         assert self._cache is not None
-        changed = pages.copy()
-        self._cache.xor(numbers, changed)
+        with self._on_account():
+            changed = pages.copy()
+            self._cache.xor(numbers, changed)
         frame = self._pack(DELTA, changed)
         if len(frame) + bases.nbytes < pages.nbytes * _WORTH_A_RECORD:
             yield Encoded(RecordKind.DELTA, numbers, (bases.astype(">u8").tobytes(), frame))
@@ -174,7 +188,8 @@ class Packer:
     def _pack(self, way: str, pages: Pages) -> bytes:
         begun = self._clock()
         frame = self._compressor.compress(np.ascontiguousarray(pages).data.cast("B"))
-        self.worth.note_packed(way, pages.nbytes, len(frame), self._clock() - begun)
+        self.worth.note_packed(way, pages.nbytes, len(frame), self._clock() - begun + self._unpaid_s)
+        self._unpaid_s = 0.0
         return frame
 
 

@@ -13,8 +13,8 @@ with what the queue does not last for.
 measured only while the link is the slower stage: then sending waits for room in the queue for a good part of the time
 (or, where the queue is larger than a record, it does not run empty), and the wire's cost is time over bytes drained.
 Otherwise that quotient is only an upper bound; it is taken as such, and creeps down, so that a link which became faster
-is found out: in the end a few records go as they are, and tell. The receiver's pace is part of the wire's. A limit that
-was set is known without being measured.
+is found out: in the end a few records go as they are, and tell. The receiver's pace is part of the wire's; waiting for
+a processor is not. A limit that was set is known without being measured.
 
 There are several ways to compress, each with a ratio and a cost of its own. While none is in use, now and then a sample
 is compressed, for the ratio; samples may cost a hundredth of the time.
@@ -51,11 +51,14 @@ class _Way:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Since when the link is looked at, what was sent by then, and how much of that was still unsent."""
+    """Since when the link is looked at, what was sent by then, how much of that was still unsent, and for how long this
+    thread had waited for a processor.
+    """
 
     begun_s: float
     sent_bytes: int
     unsent_bytes: int
+    delayed_s: float
 
 
 class Worth:
@@ -122,11 +125,16 @@ class Worth:
         self._waited_s += waited_s
         return self._window is None or self._sent_bytes - self._window.sent_bytes >= _WINDOW_BYTES
 
-    def note_queue(self, now_s: float, unsent_bytes: int) -> None:
-        """The socket's queue now holds *unsent_bytes*; that is asked between two records."""
+    def note_queue(self, now_s: float, unsent_bytes: int, delayed_s: float = 0.0) -> None:
+        """The socket's queue now holds *unsent_bytes*; that is asked between two records.
+
+        Args:
+            delayed_s: For how long in all, so far, this thread could have run and had no processor.
+        """
         if self._window is not None:
+            self._waited_s = max(self._waited_s - (delayed_s - self._window.delayed_s), 0.0)
             self._judge_link(self._window, now_s - self._window.begun_s, unsent_bytes)
-        self._window = _Window(now_s, self._sent_bytes, unsent_bytes)
+        self._window = _Window(now_s, self._sent_bytes, unsent_bytes, delayed_s)
         self._records, self._waited_s = 0, 0.0
 
     def _judge_link(self, window: _Window, elapsed_s: float, unsent_bytes: int) -> None:
