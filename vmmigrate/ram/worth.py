@@ -30,6 +30,8 @@ from typing import Final
 
 _NEWEST: Final = 0.3  # weight of the newest measurement
 _WINDOW_BYTES: Final = 4 << 20  # sent, before the link's speed is judged anew
+_FIRST_WINDOW_BYTES: Final = 1 << 20  # the first few times: what goes as it is until then is lost on a slow link
+_FIRST_WINDOWS: Final = 4
 _RECORD_BYTES: Final = 1 << 20  # of guest RAM, mostly
 _QUEUE_IS_BUSY_BYTES: Final = 64 << 10
 _WAITED_SHARE: Final = 0.25  # of the time, in sending: the link is what is waited for
@@ -80,6 +82,7 @@ class Worth:
         self._queue_bytes = 0
         self._waited_s = 0.0
         self._records = 0
+        self._windows = 0
         self._window: _Window | None = None
         self._work_since_sample_s = 0.0
         self._sample_s = 0.0
@@ -123,7 +126,8 @@ class Worth:
         self._newest_bytes = wire_bytes
         self._records += 1
         self._waited_s += waited_s
-        return self._window is None or self._sent_bytes - self._window.sent_bytes >= _WINDOW_BYTES
+        due_bytes = _WINDOW_BYTES if self._windows >= _FIRST_WINDOWS else _FIRST_WINDOW_BYTES
+        return self._window is None or self._sent_bytes - self._window.sent_bytes >= due_bytes
 
     def note_queue(self, now_s: float, unsent_bytes: int, delayed_s: float = 0.0) -> None:
         """The socket's queue now holds *unsent_bytes*; that is asked between two records.
@@ -134,6 +138,7 @@ class Worth:
         if self._window is not None:
             self._waited_s = max(self._waited_s - (delayed_s - self._window.delayed_s), 0.0)
             self._judge_link(self._window, now_s - self._window.begun_s, unsent_bytes)
+            self._windows += 1
         self._window = _Window(now_s, self._sent_bytes, unsent_bytes, delayed_s)
         self._records, self._waited_s = 0, 0.0
 
