@@ -4,8 +4,9 @@
 
 Two daemons in processes of their own. The link carries as much as `bandwidth_mib_s` says, so that the ratio of dirty
 rate to link is what is asked for, whatever this machine can do. The guest rewrites all of its RAM in turn: no page
-twice before every other, nothing that compression or deltas could make use of. Every migration has a fresh pair of
-hosts and as much time as sending all of RAM ten times takes, and its guest's memory is checked afterwards, whatever
+twice before every other; and pages travel as they are, since compressing and deltas would make another link of it: this
+guest's changes are such that deltas alone let it converge, as far as their cache goes. Every migration has a fresh pair
+of hosts and as much time as sending all of RAM ten times takes, and its guest's memory is checked afterwards, whatever
 became of it; or the bench fails.
 
 wait             the default: as long as rounds get shorter, pause when that is forecast to take at most `downtime_ms`
@@ -81,6 +82,8 @@ class Trial:
         return {
             "downtime_ms": DOWNTIME_MS,
             "bandwidth_mib_s": self.link_mib_s,
+            "compression": "off",
+            "delta_cache_mib": 0,
             "timeout_s": TIMES * self.once_s,
             **self.policy.options,
         }

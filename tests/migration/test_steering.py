@@ -90,14 +90,15 @@ async def test_a_guest_that_never_converges_runs_on_at_the_source_when_its_time_
 
 
 async def test_a_guest_that_never_converges_moves_when_its_time_is_over_if_that_was_wanted(tmp_path: Path) -> None:
-    """The time ends in the first round, which is broken off: what it did not send travels in the pause."""
-    async with open_with_guest(tmp_path, stress(6, 6000)) as site:
-        options = {**HOPELESS, "bandwidth_mib_s": 4, "timeout_s": 0.5, "on_timeout": "force", "verify": "full"}
+    """The time ends in the first round, which is broken off: what it did not send travels in the pause. (What waits in
+    the sockets, some MiB, is sent all the same.)"""
+    async with open_with_guest(tmp_path, stress(24, 6000)) as site:
+        options = {**HOPELESS, "bandwidth_mib_s": 12, "timeout_s": 0.5, "on_timeout": "force", "verify": "full"}
 
         record = await migrate(site.alpha, site.beta, site.instance, **options)
 
         assert record["outcome"] == "moved", record
-        assert sum(each["pages"] for each in record["ram"]["rounds"][:-1]) < 6 * 256
+        assert sum(each["pages"] for each in record["ram"]["rounds"][:-1]) < 24 * 256
         assert record["downtime_s"] > HOPELESS["downtime_ms"] / 1000
         assert record["digest"]["source"] == record["digest"]["destination"]
         assert (await check(site.beta, site.instance))["consistent"]
