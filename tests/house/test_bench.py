@@ -22,7 +22,8 @@ def printed_by(bench: str, *options: str) -> dict[str, Any]:
     assert set(printed) == {"name", "ratios", "runs"}
     assert printed["name"] == bench
     assert printed["ratios"]
-    assert all(ratio >= 0 for ratio in printed["ratios"].values())
+    # A share of moves that kept a limit may be none of them on a busy machine; nothing else is ever zero.
+    assert all(ratio > 0 or (ratio == 0 and name.startswith("kept, ")) for name, ratio in printed["ratios"].items())
     return printed
 
 
