@@ -14,9 +14,10 @@ from tools.faults.runner import Campaign
 from tools.faults.trial import SHORT
 
 DEADLINE_S = 900.0
-# How many TLS records each side sends at least: handshake, Offer to Handoff and Running, goodbye. A source that pauses
-# after its first round sends 14; each round more is another one.
-LEAST_RECORDS = {Side.SOURCE: 14, Side.DESTINATION: 10}
+# How many TLS records each side sends at least: handshake, Offer to Handoff and Running, goodbye. The source of the
+# control run has sent 14 when it paused after its first round, and 13 were reached in trials whose conversation was one
+# record shorter; small messages share a record. Each round more is another record.
+LEAST_RECORDS = {Side.SOURCE: 13, Side.DESTINATION: 10}
 
 
 @pytest.mark.slow
