@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from tests.migration.fleet import (
     witnesses,
 )
 from tests.migration.holding import PATIENCE_S, HoldingHypervisor
-from vmmigrate.errors import HypervisorError, VmMigrateError
+from vmmigrate.daemon.documents import DocumentStore
+from vmmigrate.errors import HypervisorError, RequestError, VmMigrateError
 from vmmigrate.hypervisor.base import GuestRam
 from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
 from vmmigrate.ownership.requests import DONE, REFUSALS, Request, Standing
@@ -205,6 +207,38 @@ async def test_a_guest_is_rebooted_by_its_reset_button(tmp_path: Path) -> None:
         assert await ask(alpha, str(uuid.uuid4()), Request.REBOOT) == "unknown_instance"
         await alpha.client.post(f"/v1/instances/{instance}:stop")
         assert await ask(alpha, instance, Request.REBOOT) == "not_running"
+
+
+async def test_whoever_reads_moved_finds_the_instance_at_the_destination(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the guest takes to become one of that host's: until then neither record says that it moved, and the
+    host says that it is arriving."""
+    reached, go = threading.Event(), threading.Event()
+    promote = DocumentStore.promote_arrival
+
+    def held(store: DocumentStore, migration_id: str, instance_id: str) -> None:
+        reached.set()
+        assert go.wait(PATIENCE_S)
+        promote(store, migration_id, instance_id)
+
+    monkeypatch.setattr(DocumentStore, "promote_arrival", held)
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
+        instance = await create(alpha, program=stress(2, 500))
+        migration = await begin(alpha, beta, instance)
+        assert await trio.to_thread.run_sync(reached.wait, PATIENCE_S)
+
+        outcomes = [(await host.record(migration))["outcome"] for host in (alpha, beta)]
+        answers = [await ask(beta, instance, request) for request in (Request.PAUSE, Request.DELETE)]
+        with pytest.raises(RequestError, match="is arriving"):
+            await beta.instance(instance)
+        go.set()
+
+        assert outcomes == [None, None]
+        assert answers == ["arriving", "arriving"]
+        assert (await wait_outcome(alpha, migration))["outcome"] == "moved"
+        assert (await check(beta, instance))["consistent"]
 
 
 async def ask(host: RunningHost, instance: str, request: Request) -> str:

@@ -102,7 +102,8 @@ class Host:
     # -- what is known ---------------------------------------------------------------------------------------------
 
     def instance(self, instance_id: str) -> Instance:
-        """Raises: RequestError `unknown_instance`, or `indeterminate` when only a process of it is known."""
+        """Raises: RequestError `unknown_instance`, `arriving`, or `indeterminate` when only a process of it is known."""
+        self._check_arrived(instance_id)
         known = self.journal.state.instances.get(instance_id)
         instance = self.instances.get(instance_id)
         if known is None or known.holding is Holding.REMOVED or instance is None:
@@ -197,6 +198,13 @@ class Host:
         reason = self.indeterminate.get(instance_id)
         if reason is not None:
             raise RequestError(f"instance {instance_id}: {reason}", code="indeterminate")
+
+    def _check_arrived(self, instance_id: str) -> None:
+        """Raises: RequestError `arriving`: it was started here this very moment, and is not among ours yet."""
+        known = self.journal.state.instances.get(instance_id)
+        is_arriving = any(arrival.document.instance_id == instance_id for arrival in self.arrivals.values())
+        if is_arriving and known is not None and known.holding in {Holding.HELD, Holding.LOST}:
+            raise RequestError(f"instance {instance_id} is arriving: ask again when it is here", code="arriving")
 
     # -- what it takes to build a guest ----------------------------------------------------------------------------
 
@@ -389,9 +397,7 @@ class Host:
         """Nothing when *request* may be done to the instance now. Raises: RequestError, OwnershipRefusal."""
         self.check_determinate(instance_id)
         rules.permit(self.journal.state, instance_id, request)
-        if instance_id not in self.instances:
-            # Started here this very moment, and not among ours yet.
-            raise RequestError(f"instance {instance_id} is arriving: ask again when it is here", code="arriving")
+        self._check_arrived(instance_id)
 
     @contextlib.asynccontextmanager
     async def _asked(self, instance_id: str, request: Request) -> AsyncIterator[Instance]:
@@ -464,8 +470,8 @@ class Host:
         incoming = self.journal.state.incoming.get(migration_id)
         if arrival is None or incoming is None or incoming.stage in OPEN_INCOMING:
             return
-        del self.arrivals[migration_id]
         if incoming.stage in {Incoming.ABANDONED, Incoming.REFUSED, Incoming.RETURNED}:
+            del self.arrivals[migration_id]
             await trio.to_thread.run_sync(self.documents.remove_arrival, migration_id)
         elif incoming.stage is Incoming.STARTED:
             try:
@@ -474,6 +480,7 @@ class Host:
                 # The guest is ours and runs; the next start of the daemon finds its document where it is.
                 log.error("document.not_promoted", instance=instance_id, code=exc.code, text=exc.text)
             self.instances[instance_id] = arrival
+            del self.arrivals[migration_id]
             known = self.journal.state.instances[instance_id]
             guest, arrival.guest = arrival.guest, None
             if guest is not None and known.holding is Holding.HELD:

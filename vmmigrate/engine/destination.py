@@ -396,7 +396,7 @@ async def _take_over(channel: Channel, migration: DestinationMigration, run_stat
         resume_s = time.monotonic() - begun
         epoch = migration.arrival.epoch.handed_over()
         log.info("migration.moved", migration=migration.migration_id, instance=migration.instance_id)
-        # The guest runs. Whether the source hears of it is no longer decisive: it will ask.
+        # The guest runs, and is among this host's. Whether the source hears of it is no longer decisive: it will ask.
         with contextlib.suppress(VmMigrateError):
             await channel.send(m.Running(migration.journal.id, epoch, 0.0, resume_s))
         await _settle_in(migration)
@@ -416,13 +416,18 @@ async def finish_start(migration: DestinationMigration, run_state: RunState) -> 
     except (HypervisorError, OwnershipRefusal) as error:
         await _return_guest(migration, error)
         return False
-    migration.record.finish(Outcome.MOVED)
-    await _run_started(migration, guest, epoch, run_state)
+    lost = await _run_started(migration, guest, epoch, run_state)
+    # Whoever reads `moved`, here or at the source, finds the instance here.
+    await migration.welcome()
+    migration.record.finish(Outcome.GUEST_LOST if lost else Outcome.MOVED, lost)
     return True
 
 
-async def _run_started(migration: DestinationMigration, guest: Guest, epoch: Epoch, run_state: RunState) -> None:
-    """`started` is durable: this host owns the guest, whatever comes. Only a guest whose process is gone is lost."""
+async def _run_started(
+    migration: DestinationMigration, guest: Guest, epoch: Epoch, run_state: RunState
+) -> HypervisorError | None:
+    """`started` is durable: this host owns the guest, whatever comes. Returns: why it is lost; only a guest whose process
+    is gone is."""
     try:
         # An operator may have given it to another host since `started`.
         if run_state is RunState.RUNNING and migration.journal.state.may_run(migration.instance_id, epoch):
@@ -433,8 +438,8 @@ async def _run_started(migration: DestinationMigration, guest: Guest, epoch: Epo
         if error.code == "guest_lost":
             await guest.destroy()
             await migration.journal.commit(rules.Lose(migration.instance_id, error.text))
-            migration.record.outcome = Outcome.GUEST_LOST
-            migration.record.error = error.as_dict()
+            return error
+    return None
 
 
 async def _settle_in(migration: DestinationMigration) -> None:

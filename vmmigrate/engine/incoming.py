@@ -46,6 +46,7 @@ class Arrival:
 
 
 BuildGuest = Callable[[Arrival], Awaitable[Guest]]
+Welcome = Callable[[], Awaitable[None]]
 Reconnect = Callable[[], AbstractAsyncContextManager[Channel]]
 
 
@@ -55,6 +56,7 @@ class DestinationMigration:
 
     Attributes:
         build_guest: Checks the arrival against this host and builds the guest, stopped; injected by the daemon.
+        welcome: Makes the guest, which `started` is durable of, one of this host's; injected by the daemon.
         replacements: This host's backends, by the component they replace.
         abilities: What this host offers; everything, unless its configuration says less.
         skipped: Optional payloads, as (device, kind), that are not imported.
@@ -73,6 +75,7 @@ class DestinationMigration:
     journal: AsyncJournal
     record: MigrationRecord
     build_guest: BuildGuest
+    welcome: Welcome
     api_url: str
     abilities: Abilities = field(default_factory=of_this_release)
     replacements: Mapping[SpecKey, Replacement] = field(default_factory=dict)

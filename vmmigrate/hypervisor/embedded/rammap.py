@@ -124,7 +124,8 @@ class MappedRam:
 
     def drop_retired(self) -> None:
         """Whoever still writes through a view of it writes to nothing, rather than to the RAM of a running guest."""
-        retired, self._retired = self._retired, None
+        with self._closing:
+            retired, self._retired = self._retired, None
         if retired is not None:
             with contextlib.suppress(OSError):  # no memory for it: the last view unmaps
                 kernel.map_nothing(ctypes.addressof(retired), self.layout.size_bytes, writable=True)
