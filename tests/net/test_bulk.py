@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -148,18 +150,38 @@ def rewrites(draw: st.DrawFn) -> list[tuple[list[tuple[int, int]], int, str]]:
     return draw(st.lists(one, min_size=2, max_size=6))
 
 
-@settings(max_examples=25)
-@given(rewrites(), st.integers(1, 3), st.sets(st.sampled_from([ZSTD, DELTA])), st.sampled_from([0, 64, 4096]))
+class Fickle(Worth):
+    """A judge who keeps changing its mind, at any page: what was a base a moment ago is none any more."""
+
+    is_dear = is_slow = True
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._random = random.Random(seed)
+
+    def pays(self, way: str) -> bool:
+        return self._random.random() < 0.7
+
+    def wants_sample(self, way: str) -> bool:
+        return True
+
+
+JUDGES = st.just(Eager) | st.integers(0, 1 << 32).map(lambda seed: partial(Fickle, seed))
+
+
+@settings(max_examples=40)
+@given(rewrites(), st.integers(1, 3), st.sets(st.sampled_from([ZSTD, DELTA])), st.sampled_from([0, 64, 4096]), JUDGES)
 async def test_ram_and_digests_are_equal_however_pages_are_encoded(
     contexts: Contexts,
     plan: list[tuple[list[tuple[int, int]], int, str]],
     streams: int,
     encodings: set[str],
     cache_pages: int,
+    judge: Callable[[], Worth],
 ) -> None:
     layout = layout_of(600, 700)
     options = {"encodings": (RAW, ZERO, *encodings), "delta_cache_bytes": cache_pages * PAGE_SIZE}
-    async with open_pair(contexts, layout, streams, **options) as pair:
+    async with open_pair(contexts, layout, streams, judge=judge, **options) as pair:
         for number, (runs, seed, how) in enumerate(plan, 1):
             dirty = PageBitmap(layout.pages)
             for first, count in runs:

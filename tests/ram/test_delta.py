@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from vmmigrate.memory import PAGE_SIZE
-from vmmigrate.ram.delta import DeltaCache
+from vmmigrate.ram.delta import SAMPLE_PAGES, DeltaCache, DeltaSample
 from vmmigrate.ram.records import STRIPE_PAGES
 
 SLOTS = 8
@@ -132,3 +132,27 @@ def test_a_cache_too_small_for_a_page_holds_none(size_bytes: int) -> None:
     cache.keep(array([1]), content([1], 1), 2)
 
     assert not cache.holds(array([1])).any()
+
+
+def test_a_sample_finds_what_changed_in_its_pages_wherever_they_come_again() -> None:
+    sample, numbers = DeltaSample(), list(range(10, 60, 2))
+    sample.take(array(numbers), content(numbers, 1), 2)
+    again = [11, 12, 13, 14, 58]
+
+    assert not sample.may_be_in(11, 58, 2)
+    assert sample.may_be_in(11, 58, 3)
+    assert not sample.may_be_in(100, 200, 3)
+    changed = sample.changes(array(again), content(again, 3))
+
+    assert changed.tolist() == (content([12, 14], 3) ^ content([12, 14], 1)).tolist()
+    assert not sample.may_be_in(11, 58, 3)
+    assert sample.is_wanted(3)
+
+
+def test_a_sample_makes_room_when_its_pages_are_not_written_any_more() -> None:
+    sample, numbers = DeltaSample(), list(range(SAMPLE_PAGES * 2))
+    assert sample.is_wanted(2)
+
+    sample.take(array(numbers), content(numbers, 1), 2)
+
+    assert [sample.is_wanted(number) for number in (2, 3, 4, 5)] == [False, False, False, True]

@@ -197,18 +197,95 @@ def test_samples_tell_what_compressing_would_bring() -> None:
     ticks = iter(range(1000))
     packing = Packer(WORDS, None, Worth(), cpu_clock=lambda: next(ticks) / 1e6)
 
-    packing.maybe_sample(text(200))
-    packing.maybe_sample(noise(200))  # not due yet
+    packing.maybe_sample(np.arange(200), text(200), 1)
+    packing.maybe_sample(np.arange(200), noise(200), 1)  # not due yet
 
     (way,) = packing.worth._ways.values()
     assert 0 < way.ratio < 0.1
     assert way.packing_s_per_byte > 0
 
 
+class Slow(Worth):
+    """A judge of a link that is slower than we are, so that it depends on what is known whether anything pays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.note_work(1 << 20, 1.0)
+        self.paced_s_per_byte = 1.5 * self.work_s_per_byte
+
+
+def ticking(worth: Worth, encodings: tuple[str, ...] = (RAW, ZERO, DELTA)) -> Packer:
+    """A packer whose clock advances by a millisecond each time that it is looked at."""
+    ticks = iter(range(100_000))
+    return Packer(encodings, DeltaCache(4096 * PAGE_SIZE, 1), worth, cpu_clock=lambda: next(ticks) / 1e3)
+
+
+def test_a_sample_tells_what_deltas_would_bring_before_any_copy_is_kept() -> None:
+    packing, pages, numbers = ticking(Slow()), noise(256), np.arange(256)
+    assert not packing.wants_copy(2)
+
+    packing.maybe_sample(numbers, pages, 2)
+    pages[:, 9] += np.uint64(1)
+    packing.maybe_sample(numbers[100:], pages[100:], 3)  # others
+    assert not packing.worth._ways
+    packing.maybe_sample(numbers, pages, 3)
+
+    way = packing.worth._ways[DELTA]
+    assert 0 < way.ratio < 0.1
+    assert packing.wants_copy(4)
+
+
+def test_pages_that_changed_altogether_make_no_deltas_worth_while() -> None:
+    packing, numbers = ticking(Slow()), np.arange(256)
+
+    packing.maybe_sample(numbers, noise(256, 1), 2)
+    packing.maybe_sample(numbers, noise(256, 2), 3)
+
+    assert packing.worth._ways[DELTA].ratio > 0.9
+    assert not packing.wants_copy(4)
+
+
+@pytest.mark.parametrize(
+    ("worth", "round_number"), [(Slow(), 1), (Worth(), 2)], ids=["the first round", "a link that is not waited for"]
+)
+def test_deltas_are_sampled_only_where_they_could_pay(worth: Worth, round_number: int) -> None:
+    packing, numbers, pages = ticking(worth), np.arange(256), noise(256)
+
+    packing.maybe_sample(numbers, pages, round_number)
+    packing.maybe_sample(numbers, pages, round_number + 1)
+
+    assert not packing.worth._ways
+
+
+def test_a_delta_pays_for_its_own_copies_and_not_for_all_that_were_only_kept_before() -> None:
+    """A whole round of copies charged to the first delta would make deltas look dear where they are cheap."""
+    packing, ram = ticking(Always()), noise(16 * 64)
+    groups = [np.arange(first, first + 16) for first in range(0, len(ram), 16)]
+    for round_number, numbers in [*((2, group) for group in groups), (3, groups[0])]:
+        copy = packing.copy_of(ram, slice(int(numbers[0]), int(numbers[-1]) + 1))
+        list(packing.encode(numbers, copy, np.zeros(16, dtype=np.uint64), round_number))
+
+    way = packing.worth._ways[DELTA]
+    assert way.packing_s_per_byte * 16 * PAGE_SIZE < 0.010  # each step is seen to take 1 or 2 ms
+
+
+def test_what_is_sent_while_deltas_do_not_pay_is_no_base() -> None:
+    worth = Always()
+    packing, pages = packer(worth, (RAW, ZERO, DELTA)), noise(20)
+    encode(packing, pages, 2)
+    packing.worth = Never()
+    encode(packing, noise(20, 2), 3)
+    packing.worth = worth
+
+    (encoded,) = encode(packing, pages.copy(), 4)
+
+    assert encoded.kind is RecordKind.PAGES
+
+
 def test_nothing_is_sampled_that_cannot_be_sent() -> None:
     packing = Packer((RAW, ZERO), None, Worth())
 
-    packing.maybe_sample(text(200))
+    packing.maybe_sample(np.arange(200), text(200), 1)
 
     assert not packing.worth._ways
 

@@ -48,10 +48,10 @@ class Stream:
             self._work(packed * WORK_S_PER_BYTE)
             self._hand_over(packed)
             return
-        if self.worth.wants_sample():
+        if self.worth.wants_sample("zstd"):
             spent_s = self.sample_bytes * self.packing_s_per_byte
             self._work(spent_s)
-            self.worth.note_packed("zstd", self.sample_bytes, int(self.sample_bytes * self.ratio), spent_s)
+            self.worth.note_sample("zstd", self.sample_bytes, int(self.sample_bytes * self.ratio), spent_s)
         self._work(RECORD_BYTES * WORK_S_PER_BYTE)
         self._hand_over(RECORD_BYTES)
         self.worth.note_work(RECORD_BYTES, RECORD_BYTES * WORK_S_PER_BYTE)
@@ -80,7 +80,7 @@ class Decided(Worth):
     def pays(self, way: str) -> bool:
         return self._compresses
 
-    def wants_sample(self) -> bool:
+    def wants_sample(self, way: str) -> bool:
         return False
 
 
@@ -179,7 +179,54 @@ def test_nothing_pays_of_which_nothing_is_known() -> None:
 
     assert not worth.pays("zstd")
     assert not worth.is_dear
-    assert worth.wants_sample()
+    assert worth.wants_sample("zstd")
+
+
+def test_what_is_done_however_pages_go_is_no_gain_of_compressing() -> None:
+    """A link of which one byte takes 1.5 s where all of our own work takes 1, and packing 0.5: compressing to nothing
+    leaves what looking takes."""
+
+    def judged(look_s: float) -> Worth:
+        worth = Worth()
+        worth.note_look(1, look_s)
+        worth.note_work(1, 1.0)
+        worth.note_packed("zstd", 1, 0, 0.5)
+        worth.paced_s_per_byte = 1.5
+        return worth
+
+    assert judged(0.5).pays("zstd")
+    assert not judged(1.0).pays("zstd")
+
+
+def test_what_is_not_known_is_believed_to_pay_only_where_the_link_is_by_far_the_slower_stage() -> None:
+    worth = Worth()
+    worth.note_work(1, 1.0)
+
+    worth.paced_s_per_byte = 2.0
+    assert worth.is_slow
+    assert not worth.promises("delta")
+    worth.paced_s_per_byte = 8.0
+    assert worth.promises("delta")
+
+    worth.note_packed("delta", 1, 1, 1.0)
+    assert not worth.promises("delta")
+
+
+def test_a_cheap_sample_does_not_make_a_way_cheap_that_was_dear_in_use() -> None:
+    """Its cost creeps down, so that it is tried again one day; what is dearer counts at once."""
+    worth = Worth()
+    worth.note_work(1, 1.0)
+    worth.paced_s_per_byte = 4.0
+    worth.note_packed("delta", 1, 0, 8.0)
+
+    tried = 0
+    while not worth.pays("delta"):
+        worth.note_sample("delta", 1, 0, 0.1)
+        tried += 1
+    assert tried > 10
+
+    worth.note_sample("delta", 1, 0, 9.0)
+    assert not worth.pays("delta")
 
 
 def test_an_idle_time_between_rounds_is_not_taken_for_a_slow_link() -> None:

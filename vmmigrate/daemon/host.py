@@ -102,7 +102,7 @@ class Host:
     # -- what is known ---------------------------------------------------------------------------------------------
 
     def instance(self, instance_id: str) -> Instance:
-        """Raises: RequestError `unknown_instance`, `arriving`, or `indeterminate` when only a process of it is known."""
+        """Raises: RequestError `unknown_instance`, `arriving`; `indeterminate`: only a process of it is known."""
         self._check_arrived(instance_id)
         known = self.journal.state.instances.get(instance_id)
         instance = self.instances.get(instance_id)

@@ -426,8 +426,10 @@ async def finish_start(migration: DestinationMigration, run_state: RunState) -> 
 async def _run_started(
     migration: DestinationMigration, guest: Guest, epoch: Epoch, run_state: RunState
 ) -> HypervisorError | None:
-    """`started` is durable: this host owns the guest, whatever comes. Returns: why it is lost; only a guest whose process
-    is gone is."""
+    """`started` is durable: this host owns the guest, whatever comes.
+
+    Returns: Why it is lost. Only a guest whose process is gone is.
+    """
     try:
         # An operator may have given it to another host since `started`.
         if run_state is RunState.RUNNING and migration.journal.state.may_run(migration.instance_id, epoch):

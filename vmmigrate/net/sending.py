@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from vmmigrate.memory import PageBitmap, RamLayout, Runs, pages_in, runs_of_pages, split_runs
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs, pages_in, runs_of_pages, split_runs
 from vmmigrate.net.links import SendLink
 from vmmigrate.net.threads import run_all_joined, run_delay_s
 from vmmigrate.ram.delta import DeltaCache
@@ -160,18 +160,18 @@ class StreamSender:
         again; the entry that counts is the last one.
         """
         begun = time.thread_time()
-        index = index_of(group)
+        numbers, index = pages_in(group), index_of(group)
         if isinstance(index, slice):
             digests, kept = self._hash.look(self._ram[index])
         else:
             digests, kept = self._hash.look(self._ram, index)
+        self._packer.worth.note_look(len(digests) * PAGE_SIZE, time.thread_time() - begun)
         kept |= not self._names_zeros
         self._table[index] = digests
         self._packer.forget(index)
         if isinstance(index, slice) and kept.all():
-            self._send_pages(group, self._ram[index], begun)
+            self._send_pages(numbers, group, self._ram[index], begun)
             return
-        numbers = pages_in(group)
         self._note_zeros(numbers[~kept])
         self._scattered.add(numbers[kept])
         self._send_scattered(at_least=MAX_RECORD_PAGES)
@@ -181,19 +181,22 @@ class StreamSender:
         while self._scattered.pages >= at_least:
             begun = time.thread_time()
             numbers = self._scattered.take(MAX_RECORD_PAGES)
-            self._send_pages(self._runs_of(numbers), self._packer.copy_of(self._ram, numbers), begun)
+            begun -= self._packer.worth.look_s_per_byte * len(numbers) * PAGE_SIZE  # they were looked at before
+            self._send_pages(numbers, self._runs_of(numbers), self._packer.copy_of(self._ram, numbers), begun)
 
-    def _send_pages(self, runs: Runs, pages: Pages, begun_cpu_s: float) -> None:
-        self._packer.maybe_sample(pages)
+    def _send_pages(self, numbers: Numbers, runs: Runs, pages: Pages, begun_cpu_s: float) -> None:
         self._send_record(RecordKind.PAGES, runs, (pages.data.cast("B"),))
         self.tally.add(RAW, len(pages), pages.nbytes)
         self._packer.worth.note_work(pages.nbytes, time.thread_time() - begun_cpu_s)
+        self._packer.maybe_sample(numbers, pages, self._round)
 
     def _send_copied(self, group: Runs) -> None:
         """From a private copy, in whatever encodings the packer finds best."""
         numbers = pages_in(group)
         copy = self._packer.copy_of(self._ram, index_of(group))
+        begun = time.thread_time()
         digests, kept = self._hash.look(copy)
+        self._packer.worth.note_look(copy.nbytes, time.thread_time() - begun)
         kept |= not self._names_zeros
         bases = self._table[numbers]
         self._table[numbers] = digests
@@ -209,7 +212,8 @@ class StreamSender:
         self._send_record(encoded.kind, self._runs_of(encoded.numbers), encoded.parts)
         self.tally.add(WORD_OF[encoded.kind], len(encoded.numbers), sum(map(len, encoded.parts)))
         if encoded.kind is RecordKind.PAGES:
-            self._packer.worth.note_work(len(encoded.parts[0]), time.thread_time() - begun)
+            size, worth = len(encoded.parts[0]), self._packer.worth
+            worth.note_work(size, time.thread_time() - begun + size * worth.look_s_per_byte)
 
     def _runs_of(self, numbers: Numbers) -> Runs:
         """*numbers* as runs that are lawful on the wire: neighbours may lie in two stripes, or in two regions."""

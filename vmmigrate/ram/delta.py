@@ -27,6 +27,7 @@ Numbers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 _NOBODY: Final = -1
+SAMPLE_PAGES: Final = 16
 _KEPT_ROUNDS: Final = 2  # a page that was not written for so many rounds makes room
 
 
@@ -83,3 +84,39 @@ class DeltaCache:
     def _slots_of(self, numbers: Numbers) -> Numbers:
         within = numbers // (STRIPE_PAGES * self._streams) * STRIPE_PAGES + numbers % STRIPE_PAGES
         return np.asarray(within % self._slots)
+
+
+class DeltaSample:
+    """A few pages as they were when they were sent, to see what deltas would bring before copies of all are kept.
+
+    Nothing is sent of it, so it may be of live memory.
+    """
+
+    def __init__(self) -> None:
+        self._pages: Pages = np.empty((SAMPLE_PAGES, PAGE_SIZE // 8), dtype=np.uint64)
+        self._numbers: Numbers = np.empty(0, dtype=np.int64)
+        self._round = 0
+
+    def is_wanted(self, round_number: int) -> bool:
+        """Whether there is none, or none of whose pages has been written for a while."""
+        return not len(self._numbers) or self._round < round_number - _KEPT_ROUNDS
+
+    def may_be_in(self, first: int, last: int, round_number: int) -> bool:
+        """Whether pages of it, of an earlier round, may be among those from *first* to *last*."""
+        return (
+            bool(len(self._numbers))
+            and self._round < round_number
+            and first <= self._numbers[-1]
+            and (last >= self._numbers[0])
+        )
+
+    def take(self, numbers: Numbers, pages: Pages, round_number: int) -> None:
+        """Remember the first few of the pages *numbers*, ascending, sent as *pages* in this round."""
+        self._numbers, self._round = numbers[:SAMPLE_PAGES], round_number
+        self._pages[: len(self._numbers)] = pages[: len(self._numbers)]
+
+    def changes(self, numbers: Numbers, pages: Pages) -> Pages:
+        """What has changed in the pages of the sample that are among *numbers*, now *pages*; it is used up then."""
+        _, now, before = np.intersect1d(numbers, self._numbers, assume_unique=True, return_indices=True)
+        self._numbers = self._numbers[:0]
+        return pages[now] ^ self._pages[before]

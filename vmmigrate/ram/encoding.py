@@ -9,7 +9,6 @@ is hashed, compressed and remembered as the base of later deltas is that copy, n
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import zstandard
 
 from vmmigrate.errors import RemoteProtocolError
 from vmmigrate.memory import PAGE_SIZE
-from vmmigrate.ram.delta import DeltaCache
+from vmmigrate.ram.delta import SAMPLE_PAGES, DeltaCache, DeltaSample
 from vmmigrate.ram.digest import Digests
 from vmmigrate.ram.records import MAX_RECORD_PAGES, RecordKind
 from vmmigrate.ram.worth import Worth
@@ -30,7 +29,6 @@ RAW, ZERO, ZSTD, DELTA = "raw", "zero", "zstd", "delta"  # words of the negotiat
 
 LEVEL: Final = 1
 _SAMPLE_PAGES: Final = 8
-_DELTAS_ARE_TRIED_EVERY: Final = 16
 _WORTH_A_RECORD: Final = 0.9  # what does not get smaller than this goes as it is
 _FIRST_ROUND: Final = 1
 
@@ -102,32 +100,32 @@ class Packer:
         self._clock = cpu_clock
         self._compressor = zstandard.ZstdCompressor(level=LEVEL)
         self._copy: Pages = np.empty((MAX_RECORD_PAGES, PAGE_SIZE // 8), dtype=np.uint64)
-        self._groups = 0
-        self._unpaid_s = 0.0  # processor time for copies, which belongs to what is made of them
+        self._sample = DeltaSample()
+        self._taking_s = 0.0  # what the sample took to copy, for each of its pages
+        self._keeping_s = 0.0  # what the last pages took to be kept
+        self._unpaid_s = 0.0  # processor time for copies, which belongs to the next that is made of them
 
     def wants_copy(self, round_number: int) -> bool:
         """Whether the next pages should be encoded; else they are sent straight from where they lie."""
-        if self._may_compress and self.worth.pays(ZSTD):
-            return True
-        return self._cache is not None and round_number > _FIRST_ROUND and self.worth.is_dear
+        return (self._may_compress and self.worth.pays(ZSTD)) or self._follows(round_number)
+
+    def _follows(self, round_number: int) -> bool:
+        """Whether copies of what is sent are kept, and deltas to them are made."""
+        return self._cache is not None and round_number > _FIRST_ROUND and self.worth.promises(DELTA)
 
     def copy_of(self, ram: Pages, index: slice | Numbers) -> Pages:
         """A private copy of at most one record's pages, good until the next call."""
-        with self._on_account():
-            if isinstance(index, slice):
-                copy = self._copy[: index.stop - index.start]
-                copy[:] = ram[index]
-            else:
-                copy = self._copy[: len(index)]
-                np.take(ram, index, axis=0, out=copy, mode="clip")  # every other mode makes a copy on the way
-        return copy
-
-    @contextlib.contextmanager
-    def _on_account(self) -> Iterator[None]:
-        """What is done inside is paid for by the next that is packed."""
         begun = self._clock()
-        yield
-        self._unpaid_s += self._clock() - begun
+        if isinstance(index, slice):
+            copy = self._copy[: index.stop - index.start]
+            copy[:] = ram[index]
+        else:
+            copy = self._copy[: len(index)]
+            np.take(ram, index, axis=0, out=copy, mode="clip")  # every other mode makes a copy on the way
+        # Keeping comes after packing: what it took the last time stands for this time. Never more than one of each is
+        # charged, or the first pages that are packed would pay for a whole round of pages that were only kept.
+        self._unpaid_s = self._keeping_s + self._clock() - begun
+        return copy
 
     def encode(self, numbers: Numbers, pages: Pages, bases: Digests, round_number: int) -> Iterator[Encoded]:
         """Records that carry *pages*, a private copy of the pages *numbers*; to be taken all.
@@ -135,62 +133,82 @@ class Packer:
         Args:
             bases: The digest of each page as it was sent last.
         """
-        self._groups += 1
-        held = self._held(numbers)
+        cache = self._cache if self._follows(round_number) else None
+        held = cache.holds(numbers) if cache else np.zeros(len(numbers), dtype=np.bool_)
         if held.any():
-            yield from self._delta(numbers[held], pages[held], bases[held])
+            yield from self._delta(numbers[held], pages[held], bases[held], round_number)
         if not held.all():
-            yield from self._whole(numbers[~held], pages[~held] if held.any() else pages)
-        if self._cache is not None and round_number > _FIRST_ROUND:
-            with self._on_account():
-                self._cache.keep(numbers, pages, round_number)
+            yield from self._whole(numbers[~held], pages[~held] if held.any() else pages, round_number)
+        begun = self._clock()
+        if cache:
+            cache.keep(numbers, pages, round_number)
+        else:
+            self.forget(numbers)
+        self._keeping_s = self._clock() - begun
 
     def forget(self, index: slice | Numbers) -> None:
         """The pages at *index* were sent straight from live memory: nobody knows as what."""
         if self._cache is not None and self._cache.held:
             self._cache.drop(np.arange(index.start, index.stop) if isinstance(index, slice) else index)
 
-    def maybe_sample(self, pages: Pages) -> None:
-        """Find out how *pages* would compress, if that is due."""
-        if self._may_compress and len(pages) and self.worth.wants_sample():
-            unpaid_s, self._unpaid_s = self._unpaid_s, 0.0
-            self._pack(ZSTD, pages[:: max(len(pages) // _SAMPLE_PAGES, 1)][:_SAMPLE_PAGES])
-            self._unpaid_s = unpaid_s
+    def maybe_sample(self, numbers: Numbers, pages: Pages, round_number: int) -> None:
+        """Find out how the pages *numbers*, sent as *pages*, would compress, if that is due."""
+        if not len(pages):
+            return
+        if self._may_compress and self.worth.wants_sample(ZSTD):
+            few = pages[:: max(len(pages) // _SAMPLE_PAGES, 1)][:_SAMPLE_PAGES]
+            self._try(ZSTD, few)
+        if self._cache is not None and round_number > _FIRST_ROUND and self.worth.is_slow:
+            self._maybe_sample_delta(numbers, pages, round_number)
 
-    def _held(self, numbers: Numbers) -> npt.NDArray[np.bool_]:
-        """Of which pages a delta should be tried. What did not pay is tried again from time to time."""
-        due = self.worth.pays(DELTA) or self._groups % _DELTAS_ARE_TRIED_EVERY == 1
-        if self._cache is None or not due:
-            return np.zeros(len(numbers), dtype=np.bool_)
-        return self._cache.holds(numbers)
+    def _maybe_sample_delta(self, numbers: Numbers, pages: Pages, round_number: int) -> None:
+        """A few pages are remembered; when they come again, it is seen how little has changed."""
+        begun = self._clock()
+        if self._sample.may_be_in(int(numbers[0]), int(numbers[-1]), round_number):
+            changed = self._sample.changes(numbers, pages)
+            if len(changed):
+                # In earnest a page is copied twice: to be packed, and to be kept.
+                self._try(DELTA, changed, self._clock() - begun + 2 * self._taking_s * len(changed))
+        elif self._sample.is_wanted(round_number) and self.worth.wants_sample(DELTA):
+            self._sample.take(numbers, pages, round_number)
+            self._taking_s = (self._clock() - begun) / min(len(numbers), SAMPLE_PAGES)
 
-    def _delta(self, numbers: Numbers, pages: Pages, bases: Digests) -> Iterator[Encoded]:
+    def _delta(self, numbers: Numbers, pages: Pages, bases: Digests, round_number: int) -> Iterator[Encoded]:
         assert self._cache is not None
-        with self._on_account():
-            changed = pages.copy()
-            self._cache.xor(numbers, changed)
+        begun = self._clock()
+        changed = pages.copy()
+        self._cache.xor(numbers, changed)
+        self._unpaid_s += self._clock() - begun
         frame = self._pack(DELTA, changed)
         if len(frame) + bases.nbytes < pages.nbytes * _WORTH_A_RECORD:
             yield Encoded(RecordKind.DELTA, numbers, (bases.astype(">u8").tobytes(), frame))
         else:
-            yield from self._whole(numbers, pages)
+            yield from self._whole(numbers, pages, round_number)
 
-    def _whole(self, numbers: Numbers, pages: Pages) -> Iterator[Encoded]:
+    def _whole(self, numbers: Numbers, pages: Pages, round_number: int) -> Iterator[Encoded]:
         if self._may_compress and self.worth.pays(ZSTD):
             frame = self._pack(ZSTD, pages)
             if len(frame) < pages.nbytes * _WORTH_A_RECORD:
                 yield Encoded(RecordKind.ZSTD, numbers, (frame,))
                 return
-        else:
-            self.maybe_sample(pages)
+        self.maybe_sample(numbers, pages, round_number)
         yield Encoded(RecordKind.PAGES, numbers, (pages.data.cast("B"),))
 
     def _pack(self, way: str, pages: Pages) -> bytes:
         begun = self._clock()
-        frame = self._compressor.compress(np.ascontiguousarray(pages).data.cast("B"))
+        frame = self._compressed(pages)
         self.worth.note_packed(way, pages.nbytes, len(frame), self._clock() - begun + self._unpaid_s)
         self._unpaid_s = 0.0
         return frame
+
+    def _try(self, way: str, pages: Pages, before_s: float = 0.0) -> None:
+        """What compressing *pages* would bring; *before_s* is what it took to get them."""
+        begun = self._clock()
+        frame = self._compressed(pages)
+        self.worth.note_sample(way, pages.nbytes, len(frame), self._clock() - begun + before_s)
+
+    def _compressed(self, pages: Pages) -> bytes:
+        return self._compressor.compress(np.ascontiguousarray(pages).data.cast("B"))
 
 
 class Unpacker:

@@ -3,21 +3,24 @@
 A stream is a pipe of two stages: its thread, which spends processor time, and behind the socket's queue the link, which
 spends time on bytes. It is as fast as its slower stage:
 
-    as it is      max(work, wire)                          seconds per byte of guest RAM
-    compressed    max(packing + ratio * work, ratio * wire)
+    as it is      max(work, wire)                                         seconds per byte of guest RAM
+    compressed    max(look + packing + ratio * (work - look), ratio * wire)
 
 A queue that holds less than a record cannot keep the link busy while the next one is made: then the faster stage counts
 with what the queue does not last for.
 
-*Work* and *packing* are measured as processor time, so that waiting for the link is not taken for work. *Wire* can be
+*Work* is all that is done for pages that go as they are, of which *look* (digests, finding zeros) is done however they
+go; *packing* is all that compressing takes, with the copies that are made and kept for it. They are measured as
+processor time, so that waiting for the link is not taken for work. *Wire* can be
 measured only while the link is the slower stage: then sending waits for room in the queue for a good part of the time
 (or, where the queue is larger than a record, it does not run empty), and the wire's cost is time over bytes drained.
 Otherwise that quotient is only an upper bound; it is taken as such, and creeps down, so that a link which became faster
 is found out: in the end a few records go as they are, and tell. The receiver's pace is part of the wire's; waiting for
 a processor is not. A limit that was set is known without being measured.
 
-There are several ways to compress, each with a ratio and a cost of its own. While none is in use, now and then a sample
-is compressed, for the ratio; samples may cost a hundredth of the time.
+There are several ways to compress, each with a ratio and a cost of its own. While one is not in use, now and then a
+sample is compressed, for the ratio; samples may cost a hundredth of the time each. What a sample costs says little of
+what a way costs that has been in use: its known cost only creeps down.
 
 Source: peers.md 2.2 (compression pays below about 4 Gb/s per core) and XAPI's experience that a fixed choice costs a
 third of the speed on a fast link.
@@ -39,7 +42,7 @@ _CREEP: Final = 0.96
 _SAMPLE_SHARE: Final = 0.01
 _GAIN: Final = 0.95  # what compressing has to bring the time down to before it begins,
 _GAIN_IN_USE: Final = 0.98  # and to go on
-_DEAR: Final = 2.0  # a link so many times slower than our own work
+_DEAR: Final = 4.0  # a link so many times slower than our own work that what is not known yet is believed to pay
 
 
 @dataclass
@@ -49,6 +52,8 @@ class _Way:
     ratio: float
     packing_s_per_byte: float
     is_in_use: bool = False
+    sample_s: float = 0.0
+    work_at_sample_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +74,13 @@ class Worth:
     Attributes:
         paced_s_per_byte: What the limit that was set for the link makes of a byte; 0 without one.
         work_s_per_byte: Processor time per byte of guest RAM that is sent as it is.
+        look_s_per_byte: What of that is spent before it is known how a page goes.
     """
 
     def __init__(self) -> None:
         self.paced_s_per_byte = 0.0
         self.work_s_per_byte = 0.0
+        self.look_s_per_byte = 0.0
         self._seen_s_per_byte = 0.0
         self._is_bound = True  # nothing is known of the link but how fast it is at least
         self._ways: dict[str, _Way] = {}
@@ -84,8 +91,7 @@ class Worth:
         self._records = 0
         self._windows = 0
         self._window: _Window | None = None
-        self._work_since_sample_s = 0.0
-        self._sample_s = 0.0
+        self._work_s = 0.0
 
     @property
     def wire_s_per_byte(self) -> float:
@@ -93,17 +99,27 @@ class Worth:
         return max(self._seen_s_per_byte, self.paced_s_per_byte)
 
     @property
+    def is_slow(self) -> bool:
+        """Whether the link is the slower stage: then alone compressing can pay."""
+        return self.wire_s_per_byte > self.work_s_per_byte
+
+    @property
     def is_dear(self) -> bool:
         """Whether the link is by far the slower stage: time spent on bytes that need not travel is well spent."""
         return self.wire_s_per_byte > self.work_s_per_byte * _DEAR
+
+    def promises(self, way: str) -> bool:
+        """As `pays`; of a *way* of which nothing is known, whether it is likely to."""
+        return self.pays(way) if way in self._ways else self.is_dear
 
     def pays(self, way: str) -> bool:
         """Whether what is sent next should be compressed in this *way*, of which something is known."""
         known = self._ways.get(way)
         if known is None:
             return False
-        work, wire = self.work_s_per_byte, self.wire_s_per_byte
-        packed = self._through(known.packing_s_per_byte + known.ratio * work, known.ratio * wire)
+        work, wire, look = self.work_s_per_byte, self.wire_s_per_byte, self.look_s_per_byte
+        packing = look + known.packing_s_per_byte + known.ratio * max(work - look, 0.0)
+        packed = self._through(packing, known.ratio * wire)
         known.is_in_use = packed < self._through(work, wire) * (_GAIN_IN_USE if known.is_in_use else _GAIN)
         return known.is_in_use
 
@@ -162,22 +178,32 @@ class Worth:
         while_waiting = drained - self._records * self._queue_bytes
         return elapsed_s if while_waiting <= 0 else min(self._waited_s * drained / while_waiting, elapsed_s)
 
+    def note_look(self, ram_bytes: int, cpu_s: float) -> None:
+        """So much was looked at, before it was known how it is sent."""
+        self.look_s_per_byte = _smoothed(self.look_s_per_byte, cpu_s / ram_bytes)
+
     def note_work(self, ram_bytes: int, cpu_s: float) -> None:
-        """So much was sent as it is, and took that much processor time."""
+        """So much was sent as it is, and took that much processor time, with looking at it."""
         self.work_s_per_byte = _smoothed(self.work_s_per_byte, cpu_s / ram_bytes)
-        self._work_since_sample_s += cpu_s
+        self._work_s += cpu_s
 
     def note_packed(self, way: str, ram_bytes: int, packed_bytes: int, cpu_s: float) -> None:
-        """So much was compressed to *packed_bytes*; the processor time of that alone."""
+        """So much was compressed to *packed_bytes* and sent; the processor time of that alone, without the sending."""
         known = self._ways.setdefault(way, _Way(packed_bytes / ram_bytes, cpu_s / ram_bytes))
         known.ratio = _smoothed(known.ratio, packed_bytes / ram_bytes)
         known.packing_s_per_byte = _smoothed(known.packing_s_per_byte, cpu_s / ram_bytes)
-        self._sample_s = cpu_s
-        self._work_since_sample_s = 0.0
 
-    def wants_sample(self) -> bool:
+    def note_sample(self, way: str, ram_bytes: int, packed_bytes: int, cpu_s: float) -> None:
+        """So much was compressed to *packed_bytes*, to see what that would bring."""
+        known = self._ways.setdefault(way, _Way(packed_bytes / ram_bytes, cpu_s / ram_bytes))
+        known.ratio = _smoothed(known.ratio, packed_bytes / ram_bytes)
+        known.packing_s_per_byte = max(known.packing_s_per_byte * _CREEP, cpu_s / ram_bytes)
+        known.sample_s, known.work_at_sample_s = cpu_s, self._work_s
+
+    def wants_sample(self, way: str) -> bool:
         """Whether enough was sent as it is since the last sample for another one to be cheap."""
-        return self._sample_s <= self._work_since_sample_s * _SAMPLE_SHARE
+        known = self._ways.get(way)
+        return known is None or known.sample_s <= (self._work_s - known.work_at_sample_s) * _SAMPLE_SHARE
 
 
 def _smoothed(mean: float, newest: float) -> float:
