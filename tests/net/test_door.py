@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import replace
@@ -17,7 +18,17 @@ import trio
 import trio.testing
 
 from vmmigrate.errors import IdentityError, TransportError, VmMigrateError
-from vmmigrate.net.door import HELLO, SEALED, TLS, Appointment, BulkDoor, DoorLimits, StreamHello, open_streams
+from vmmigrate.net.door import (
+    HELLO,
+    SEALED,
+    TLS,
+    WAITING_BYTES,
+    Appointment,
+    BulkDoor,
+    DoorLimits,
+    StreamHello,
+    open_streams,
+)
 from vmmigrate.net.identity import Role
 from vmmigrate.net.links import ReceiveLink
 from vmmigrate.net.secrets import SessionContext, SessionSecrets, proof
@@ -159,6 +170,31 @@ async def test_a_stream_works_ahead_of_a_slow_link(
         assert ours.unsent_bytes() > 200 << 10
         ours.close()
         theirs.close()
+
+
+async def test_no_more_than_a_record_waits_in_a_socket(source_files: TlsFiles, destination_files: TlsFiles) -> None:
+    """However much the kernel would take: all of it would have to drain before a pause is over."""
+    async with open_door(source_files) as opened:
+        with opened.door.expect(secrets_of(), DESTINATION, 1, SEALED) as appointment:
+            (theirs,) = await open_all(opened, destination_files, 1, secrets_of(), SEALED)
+            (ours,) = await opened.door.collect(appointment)
+        ours.pace(32 << 20)
+        reader = threading.Thread(target=_read_records, args=(theirs, 8))
+        reader.start()
+
+        for _ in range(8):
+            await trio.to_thread.run_sync(ours.send, bytes(1 << 20))
+        waiting = ours.unsent_bytes()
+
+        assert 0 < waiting < WAITING_BYTES * 1.25
+        await trio.to_thread.run_sync(reader.join)
+        ours.close()
+        theirs.close()
+
+
+def _read_records(link: ReceiveLink, records: int) -> None:
+    for _ in range(records):
+        link.receive_into(memoryview(bytearray(1 << 20)))
 
 
 @pytest.mark.parametrize("said", [b"!", bytes(1 << 20)], ids=["little", "much"])

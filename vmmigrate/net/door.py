@@ -52,6 +52,7 @@ DIRECTION_TO_DESTINATION = 1
 HELLO_DEADLINE_S = 5.0
 MAX_STRANGERS = 64
 OPEN_DEADLINE_S = 15.0
+WAITING_BYTES = 1 << 20  # may wait to be sent in a stream's socket: a record; more would have to drain in the pause
 SEALED, TLS = "sealed", "tls"
 
 
@@ -185,7 +186,7 @@ class BulkDoor:
         sock = socket.socket(fileno=stream.socket.detach())
         try:
             # Trio lets hardly anything wait in its sockets; a thread that blocks could then not work ahead of the link.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 0)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, WAITING_BYTES)
             peer_name = address_text(*sock.getpeername()[:2])
             visitor = _Visitor(sock, sock.dup(), context)
         except OSError as exc:  # gone again already, or no descriptors left
