@@ -12,8 +12,8 @@ ssl         the same through Python's `ssl` module, TLS 1.3 with certificates on
 seal-only   raw through the sealed transport's link, and nothing else: what sealing alone costs
 tls, sealed what a migration does: real door, hello and streams, zero detection, a digest of every page at both ends,
             barriers; with 1, 2 and 4 streams
-
-GiB/s count all memory, zeros too. CPU seconds per GiB are of the whole process, user and system.
+-populating
+            the same, with memory populated beside the threads that receive, as a migration does it: into cold memory
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ PIECES = (256 << 10, 1 << 20, 4 << 20)
 STALL_S = 30.0
 CONTENTS = ("incompressible", "half-zero", "compressible")
 PLAIN = ("raw", "ssl", "seal-only")
-CONTENDERS = (*PLAIN, "tls-1", "sealed-1", "sealed-2", "sealed-4")
+STREAMS = ("tls-1", "sealed-1", "sealed-2", "sealed-4")
+POPULATING = "-populating"
+CONTENDERS = (*PLAIN, *STREAMS, *(f"{contender}{POPULATING}" for contender in STREAMS[1:]))
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class Copy:
 
     @property
     def streams(self) -> Streams:
-        return Streams(self.transport, int(self.contender.partition("-")[2]))
+        count = int(self.contender.removesuffix(POPULATING).partition("-")[2])
+        return Streams(self.transport, count, populates=self.contender.endswith(POPULATING))
 
 
 def copy_out(copy: Copy, seat: Seat) -> Share:
@@ -192,7 +195,11 @@ def ratios_of(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
                     ratios[f"{contender} / {peer}, {kind}"] = median_ratio(
                         runs, is_of(contender, kind), is_of(peer, kind)
                     )
-    for contender in CONTENDERS[len(PLAIN) :]:
+    for kind in dict.fromkeys(map(kind_of, runs)):
+        for contender in STREAMS:
+            beside = f"{contender}{POPULATING}"
+            ratios[f"{beside} / {contender}, {kind}"] = median_ratio(runs, is_of(beside, kind), is_of(contender, kind))
+    for contender in STREAMS:
         full, half = is_of(contender, "incompressible, populated"), is_of(contender, "half-zero, populated")
         ratios[f"{contender}, half-zero / incompressible, populated"] = median_ratio(runs, half, full)
     return {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
@@ -215,7 +222,7 @@ def print_table(runs: Sequence[dict[str, Any]], ratios: dict[str, float]) -> Non
             cpu = f"{medians['source_cpu_s_per_gib']:.2f}, {medians['destination_cpu_s_per_gib']:.2f}"
             print(f"  {contender:<26}{medians['gib_per_s']:8.2f}{columns}   {cpu}")
     for name, ratio in ratios.items():
-        if "half-zero / " in name:
+        if "half-zero / " in name or f"{POPULATING} / sealed" in name:
             print(f"{name}: {ratio:.2f}")
 
 
@@ -225,6 +232,11 @@ def plan_of(arguments: argparse.Namespace) -> list[tuple[str, bool]]:
     if arguments.full:
         return [(content, cold) for content in contents for cold in (False, True)]
     return [(content, False) for content in contents] + [(contents[0], True)]
+
+
+def is_asked(contender: str, cold: bool) -> bool:
+    """Memory that is there needs no populating."""
+    return cold or not contender.endswith(POPULATING)
 
 
 def main() -> None:
@@ -248,7 +260,7 @@ def main() -> None:
         plan = plan_of(arguments)
         for number in range(rounds):
             for content, cold in plan:
-                for contender in arguments.contenders.split(","):
+                for contender in filter(partial(is_asked, cold=cold), arguments.contenders.split(",")):
                     size = MAX_PART_BYTES if contender == "seal-only" else piece
                     runs.append({**run_of(copies, Copy(contender, content, cold, size), mib), "round": number})
     ratios = ratios_of(runs)

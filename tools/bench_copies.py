@@ -25,11 +25,13 @@ from typing import Any, Final
 import numpy as np
 import trio
 
+from vmmigrate.engine.populating import Populating
+from vmmigrate.hypervisor.embedded.rammap import MappedRam
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Region
 from vmmigrate.net import pki
 from vmmigrate.net.door import BulkDoor, open_streams
 from vmmigrate.net.identity import Identity, Role
-from vmmigrate.net.receiving import BulkDestination
+from vmmigrate.net.receiving import BulkDestination, Landing
 from vmmigrate.net.secrets import SessionContext, SessionSecrets
 from vmmigrate.net.sending import BulkSource
 from vmmigrate.net.threads import open_group
@@ -59,10 +61,9 @@ class Memory:
 
     def __init__(self, mib: int) -> None:
         size = mib * MIB
-        fd = os.memfd_create("ram")
-        os.ftruncate(fd, size)
-        self.mapping = mmap.mmap(fd, size)
-        os.close(fd)
+        self._fd = os.memfd_create("ram")
+        os.ftruncate(self._fd, size)
+        self.mapping = mmap.mmap(self._fd, size)
         self.pages = np.frombuffer(self.mapping, dtype=np.uint64).reshape(-1, PAGE_SIZE // 8)
         self.layout = RamLayout([Region(0, size)])
         self._content = ""
@@ -73,6 +74,10 @@ class Memory:
         part.layout = RamLayout([Region(0, mib * MIB)])
         part.pages = self.pages[: part.layout.pages]
         return part
+
+    def mapped_anew(self) -> MappedRam:
+        """As a daemon maps it; to be closed."""
+        return MappedRam(os.dup(self._fd), self.layout, writable=True)
 
     def fill(self, content: str) -> None:
         """Pages of which none is zero by chance, and no two are alike but for the zero ones.
@@ -166,6 +171,7 @@ class Streams:
 
     Attributes:
         link_bytes_per_s: What the kernel lets all streams send together; 0: as fast as they can.
+        populates: The destination's memory is populated beside.
         changes: So often all pages change a little after a first round, and are sent again; then only that is measured.
     """
 
@@ -176,6 +182,7 @@ class Streams:
     judge: Callable[[], Worth] = Worth
     link_bytes_per_s: int = 0
     changes: int = 0
+    populates: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,19 +264,28 @@ async def take_in(streams: Streams, memory: Memory, seat: Seat) -> Share:
     """The destination's side."""
     context, port = client_context(seat.files), await seat.hear()
     links = await open_streams(HOST, port, context, party("source"), session_of(), streams.count, streams.transport)
-    bulk = BulkDestination(links, memory.layout, memory.pages, HASH, encodings=streams.encodings)
-    watch = Stopwatch()
-    try:
+    landing = Landing(memory.layout.pages)
+    with contextlib.ExitStack() as stack:
+        pages = memory.pages
+        populating: Populating | None = None
+        if streams.populates:
+            ram = stack.enter_context(contextlib.closing(memory.mapped_anew()))
+            pages, populating = ram.pages, Populating(ram, PageBitmap.full(memory.layout.pages), landing.written)
+        bulk = BulkDestination(links, memory.layout, pages, HASH, landing, encodings=streams.encodings)
+        stack.callback(bulk.close)
+        watch = Stopwatch()
         async with open_group() as nursery:
             nursery.start_soon(bulk.receive_forever)
+            if populating is not None:
+                nursery.start_soon(populating.run)
             for number in range(1, streams.changes + 1):
                 await bulk.wait_round(number, await seat.hear())
                 if number == 1:
                     watch = Stopwatch()
                 seat.line.send(number)
+        if populating is not None:
+            await populating.settle()
         return watch.stop(memory)
-    finally:
-        bulk.close()
 
 
 # --------------------------------------------------------------------------- two processes
