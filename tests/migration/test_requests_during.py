@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.migration.fleet import (
     Fleet,
@@ -212,8 +213,7 @@ async def test_a_guest_is_rebooted_by_its_reset_button(tmp_path: Path) -> None:
 async def test_whoever_reads_moved_finds_the_instance_at_the_destination(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long the guest takes to become one of that host's: until then neither record says that it moved, and the
-    host says that it is arriving."""
+    """However slow its disk is: the instance is there, and only who wants to change it waits for its document."""
     reached, go = threading.Event(), threading.Event()
     promote = DocumentStore.promote_arrival
 
@@ -227,18 +227,42 @@ async def test_whoever_reads_moved_finds_the_instance_at_the_destination(
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")
         instance = await create(alpha, program=stress(2, 500))
         migration = await begin(alpha, beta, instance)
-        assert await trio.to_thread.run_sync(reached.wait, PATIENCE_S)
 
-        outcomes = [(await host.record(migration))["outcome"] for host in (alpha, beta)]
-        answers = [await ask(beta, instance, request) for request in (Request.PAUSE, Request.DELETE)]
+        assert (await wait_outcome(alpha, migration))["outcome"] == "moved"
+        assert await trio.to_thread.run_sync(reached.wait, PATIENCE_S)
+        assert (await check(beta, instance))["consistent"]
+        assert (await beta.instance(instance))["state"] == "running"
+        async with trio.open_nursery() as nursery:
+            deleted = trio.Event()
+            nursery.start_soon(_delete, beta, instance, deleted)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            assert not deleted.is_set()
+            go.set()
+
+        assert await beta.client.get("/v1/instances") == []
+        left = [path.name for path in (tmp_path / "beta").rglob(f"{instance}*") if path.suffix == ".json"]
+        assert left == []
+
+
+async def _delete(host: RunningHost, instance: str, deleted: trio.Event) -> None:
+    await host.client.delete(f"/v1/instances/{instance}")
+    deleted.set()
+
+
+async def test_a_guest_that_was_started_this_moment_is_arriving_until_it_runs(tmp_path: Path) -> None:
+    async with held_at(tmp_path, Position("beta", Standing.FREE, "beta", "run")) as moment:
+        alpha, beta = moment.fleet.hosts["alpha"], moment.fleet.hosts["beta"]
+
+        outcomes = [(await host.record(moment.migration))["outcome"] for host in (alpha, beta)]
+        answers = [await ask(beta, moment.instance, request) for request in (Request.PAUSE, Request.DELETE)]
         with pytest.raises(RequestError, match="is arriving"):
-            await beta.instance(instance)
-        go.set()
+            await beta.instance(moment.instance)
 
         assert outcomes == [None, None]
         assert answers == ["arriving", "arriving"]
-        assert (await wait_outcome(alpha, migration))["outcome"] == "moved"
-        assert (await check(beta, instance))["consistent"]
+        source, destination = await moment.outcomes()
+        assert (source["outcome"], destination["outcome"]) == ("moved", "moved")
+        assert (await check(beta, moment.instance))["consistent"]
 
 
 async def ask(host: RunningHost, instance: str, request: Request) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 
 import structlog
 
+from vmmigrate.api.models import CreateInstance
 from vmmigrate.engine.journal import sync_directory
-from vmmigrate.errors import StorageError
+from vmmigrate.errors import SpecBuildError, StorageError
 from vmmigrate.memory import RamLayout
 from vmmigrate.spec import chain, document
 from vmmigrate.spec.latest import InstanceSpec
@@ -49,6 +50,36 @@ class InstanceDocument:
     def layout(self, of_spec: RamLayout) -> RamLayout:
         ram_bytes = self.overrides.get("ram_bytes")
         return of_spec if ram_bytes is None else RamLayout.for_size(ram_bytes)
+
+
+def arriving_document(
+    instance_id: str, spec: InstanceSpec, properties: Mapping[str, str], blobs: Mapping[str, bytes]
+) -> InstanceDocument:
+    """The document of an instance from what its source says of it; checked like a request of its own.
+
+    Raises: SpecBuildError `bad_properties`.
+    """
+    try:
+        request = CreateInstance.model_validate(
+            {
+                "id": instance_id,
+                "name": properties.get("name", ""),
+                "description": properties.get("description", ""),
+                "overrides": json.loads(properties.get("overrides", "{}")),
+                "program": json.loads(properties.get("program", "{}")),
+            }
+        )
+    except (ValueError, RecursionError) as exc:
+        raise SpecBuildError("the source's properties are malformed", code="bad_properties") from exc
+    return InstanceDocument(
+        instance_id=instance_id,
+        spec=spec,
+        name=request.name,
+        description=request.description,
+        overrides=request.overrides.model_dump(exclude_none=True),
+        program=request.program,
+        blobs=blobs,
+    )
 
 
 class DocumentStore:

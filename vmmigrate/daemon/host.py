@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ import vmmigrate
 from vmmigrate.api.models import CreateInstance
 from vmmigrate.daemon.admission import check_admissible
 from vmmigrate.daemon.config import Config
-from vmmigrate.daemon.documents import DocumentStore, InstanceDocument
+from vmmigrate.daemon.documents import DocumentStore, InstanceDocument, arriving_document
 from vmmigrate.engine.incoming import Arrival
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.errors import (
@@ -41,7 +40,6 @@ from vmmigrate.ownership.requests import Request
 from vmmigrate.ownership.state import OPEN_INCOMING, Holding, Incoming
 from vmmigrate.spec import build, chain
 from vmmigrate.spec.creatable import check_creatable
-from vmmigrate.spec.latest import InstanceSpec
 
 log = structlog.get_logger(__name__)
 
@@ -443,7 +441,7 @@ class Host:
 
         Raises: SpecError, HypervisorError, OwnershipRefusal; nothing is left.
         """
-        document = _arriving_document(instance_id, arrival.spec, arrival.properties, arrival.blobs)
+        document = arriving_document(instance_id, arrival.spec, arrival.properties, arrival.blobs)
         plan = self.check(document, arrival.needed_bytes)
         if plan.layout != arrival.layout:
             raise SpecBuildError(
@@ -474,19 +472,36 @@ class Host:
             del self.arrivals[migration_id]
             await trio.to_thread.run_sync(self.documents.remove_arrival, migration_id)
         elif incoming.stage is Incoming.STARTED:
-            try:
-                await trio.to_thread.run_sync(self.documents.promote_arrival, migration_id, instance_id)
-            except StorageError as exc:
-                # The guest is ours and runs; the next start of the daemon finds its document where it is.
-                log.error("document.not_promoted", instance=instance_id, code=exc.code, text=exc.text)
+            await self.welcome(migration_id, instance_id)
+
+    async def welcome(self, migration_id: str, instance_id: str) -> None:
+        """The guest, of which `started` is durable, is one of ours at once; idempotent. Its document becomes the
+        instance's beside: whoever wants to change anything waits for that.
+        """
+        if migration_id in self.arrivals:
+            await self.nursery.start(self._take_up, migration_id, instance_id)
+
+    async def _take_up(self, migration_id: str, instance_id: str, task_status: trio.TaskStatus[None]) -> None:
+        arrival = self.arrivals[migration_id]
+        async with arrival.lock:
             self.instances[instance_id] = arrival
             del self.arrivals[migration_id]
-            known = self.journal.state.instances[instance_id]
             guest, arrival.guest = arrival.guest, None
-            if guest is not None and known.holding is Holding.HELD:
+            is_ours = self.journal.state.instances[instance_id].holding is Holding.HELD
+            if guest is not None and is_ours:
                 self.watch(arrival, guest)
-            elif guest is not None:
-                await guest.destroy()  # an operator gave it to another host meanwhile
+            task_status.started()
+            with trio.CancelScope(shield=True):
+                await self._promote(migration_id, instance_id)
+                if guest is not None and not is_ours:
+                    await guest.destroy()  # an operator gave it to another host meanwhile, or it is lost
+
+    async def _promote(self, migration_id: str, instance_id: str) -> None:
+        try:
+            await trio.to_thread.run_sync(self.documents.promote_arrival, migration_id, instance_id)
+        except StorageError as exc:
+            # The guest is ours and runs; the next start of the daemon finds its document where it is.
+            log.error("document.not_promoted", instance=instance_id, code=exc.code, text=exc.text)
 
     def host_facts(self) -> dict[str, Any]:
         """Who this host is and what it can do."""
@@ -564,30 +579,3 @@ def _decode_blobs(blobs: Mapping[str, str]) -> dict[str, bytes]:
         return {name: base64.b64decode(text, validate=True) for name, text in blobs.items()}
     except binascii.Error:
         raise UsageError("blobs: values must be base64", code="bad_request") from None
-
-
-def _arriving_document(
-    instance_id: str, spec: InstanceSpec, properties: Mapping[str, str], blobs: Mapping[str, bytes]
-) -> InstanceDocument:
-    """The document of an instance from what its source says of it; checked like a request of its own."""
-    try:
-        request = CreateInstance.model_validate(
-            {
-                "id": instance_id,
-                "name": properties.get("name", ""),
-                "description": properties.get("description", ""),
-                "overrides": json.loads(properties.get("overrides", "{}")),
-                "program": json.loads(properties.get("program", "{}")),
-            }
-        )
-    except (ValueError, RecursionError) as exc:
-        raise SpecBuildError("the source's properties are malformed", code="bad_properties") from exc
-    return InstanceDocument(
-        instance_id=instance_id,
-        spec=spec,
-        name=request.name,
-        description=request.description,
-        overrides=request.overrides.model_dump(exclude_none=True),
-        program=request.program,
-        blobs=blobs,
-    )

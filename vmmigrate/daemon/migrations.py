@@ -406,7 +406,7 @@ class Migrations:
             journal=host.journal,
             record=record,
             build_guest=partial(host.build_arrival, request.migration_id, request.instance_id),
-            welcome=partial(host.finish_arrival, request.migration_id, request.instance_id),
+            welcome=partial(host.welcome, request.migration_id, request.instance_id),
             api_url=self.api_url,
             abilities=self.abilities,
             replacements=replacements,
