@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, get_type_hints
 
 Problems = list[str]
+Path = str | None  # of a field within a body; None: nobody wants to know, and making it costs as much as checking
 
 
 class FieldType(Protocol):
     """One kind of value: how it is checked, written and described."""
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         """The value of *tree*; what is wrong is added to *problems* and the result is then meaningless."""
 
     def encode(self, value: Any) -> Any: ...
@@ -33,7 +34,7 @@ class Integer:
     low: int
     high: int
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         if type(tree) is not int or not self.low <= tree <= self.high:
             problems.append(f"{path}: {_shown(tree)}, allowed is an integer from {self.low} to {self.high}")
         return tree
@@ -51,7 +52,7 @@ class Bits:
 
     allowed: int
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         if type(tree) is not int or tree < 0 or tree & ~self.allowed:
             problems.append(f"{path}: {_shown(tree)}, which has unknown bits; allowed are those of {self.allowed:#x}")
         return tree
@@ -65,7 +66,7 @@ class Bits:
 
 @dataclass(frozen=True, slots=True)
 class Boolean:
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         if type(tree) is not bool:
             problems.append(f"{path}: {_shown(tree)}, allowed is true or false")
         return tree
@@ -84,7 +85,7 @@ class Octets:
     shortest: int
     longest: int
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         if type(tree) is not bytes or not self.shortest <= len(tree) <= self.longest:
             problems.append(f"{path}: {_shown(tree)}, allowed are {self.shortest} to {self.longest} bytes")
         return tree
@@ -103,7 +104,7 @@ class Text:
     longest: int
     allowed: tuple[str, ...] = ()
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         if type(tree) is not str or len(tree) > self.longest or (self.allowed and tree not in self.allowed):
             choice = f"one of {', '.join(self.allowed)}"
             wanted = choice if self.allowed else f"text of at most {self.longest} characters"
@@ -123,11 +124,14 @@ class ListOf:
     shortest: int
     longest: int
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         if not isinstance(tree, list) or not self.shortest <= len(tree) <= self.longest:
             problems.append(f"{path}: {_shown(tree)}, allowed is a list of {self.shortest} to {self.longest} items")
             return ()
-        return tuple(self.item.decode(item, f"{path}[{n}]", problems) for n, item in enumerate(tree))
+        decode = self.item.decode
+        if path is None:
+            return tuple([decode(item, None, problems) for item in tree])
+        return tuple([decode(item, f"{path}[{n}]", problems) for n, item in enumerate(tree)])
 
     def encode(self, value: Any) -> Any:
         return [self.item.encode(item) for item in value]
@@ -142,7 +146,7 @@ class Maybe:
 
     item: FieldType
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         return None if tree is None else self.item.decode(tree, path, problems)
 
     def encode(self, value: Any) -> Any:
@@ -158,7 +162,7 @@ class Scalars:
 
     most: int
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         if not isinstance(tree, Mapping) or len(tree) > self.most:
             problems.append(f"{path}: {_shown(tree)}, allowed is a map of at most {self.most} entries")
             return {}
@@ -180,18 +184,23 @@ class Struct:
 
     shape: type[Any]
 
-    def decode(self, tree: Any, path: str, problems: Problems) -> Any:
+    def decode(self, tree: Any, path: Path, problems: Problems) -> Any:
         table = fields_of(self.shape)
-        if not isinstance(tree, Mapping):
+        if type(tree) is not dict:
             problems.append(f"{path or 'body'}: {_shown(tree)}, allowed is a map of {', '.join(table)}")
             return None
         before = len(problems)
         if tree.keys() != table.keys():
             problems.extend(f"{_join(path, str(name)[:64])}: unknown field" for name in tree if name not in table)
             problems.extend(f"{_join(path, name)}: missing" for name in table if name not in tree)
-        values = {
-            name: kind.decode(tree[name], _join(path, name), problems) for name, kind in table.items() if name in tree
-        }
+        if path is None and len(problems) == before:
+            values = {name: kind.decode(tree[name], None, problems) for name, kind in table.items()}
+        else:
+            values = {
+                name: kind.decode(tree[name], _join(path, name), problems)
+                for name, kind in table.items()
+                if name in tree
+            }
         return self.shape(**values) if len(problems) == before else None
 
     def encode(self, value: Any) -> Any:
@@ -199,6 +208,16 @@ class Struct:
 
     def describe(self) -> str:
         return "{" + ", ".join(f"{name}: {kind.describe()}" for name, kind in fields_of(self.shape).items()) + "}"
+
+
+def decode_body(shape: type[Any], tree: Any) -> tuple[Any, Problems]:
+    """A whole body as *shape*, and all that is wrong with it, each with its path; then the body means nothing."""
+    problems: Problems = []
+    body = Struct(shape).decode(tree, None, problems)
+    if problems:
+        problems.clear()
+        Struct(shape).decode(tree, "", problems)
+    return body, problems
 
 
 U8 = Annotated[int, Integer(0, 0xFF)]
@@ -238,7 +257,7 @@ def _is_scalar(value: Any) -> bool:
     return type(value) in (int, bool) or (type(value) is str and len(value) <= 4096)
 
 
-def _join(path: str, name: str) -> str:
+def _join(path: Path, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 

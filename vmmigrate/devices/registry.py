@@ -22,7 +22,7 @@ from typing import Any
 import msgpack
 
 from vmmigrate.devices import block, chipset, firmware, kinds, pci, serial, vcpu, virtio
-from vmmigrate.devices.fields import Struct
+from vmmigrate.devices.fields import Struct, decode_body
 from vmmigrate.devices.payload import MAX_PAYLOAD_BYTES, DevicePayload
 from vmmigrate.errors import PayloadError
 from vmmigrate.packed import check_shape
@@ -256,8 +256,7 @@ def decode(payload: DevicePayload) -> Any:
     if len(payload.body) > kind.max_bytes:
         text = f"{len(payload.body)} bytes, allowed are {kind.max_bytes}"
         raise _error(name, kind.name, version, "payload_too_large", text)
-    problems: list[str] = []
-    state = Struct(kind.shapes[version]).decode(_unpacked(payload), "", problems)
+    state, problems = decode_body(kind.shapes[version], _unpacked(payload))
     if problems:
         raise _error(name, kind.name, version, "payload_body", "; ".join(problems[:20]))
     state = _newest(kind, state, version)

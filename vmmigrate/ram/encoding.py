@@ -84,6 +84,9 @@ class Packer:
         cache: Copies of what was sent, if deltas are wanted.
         worth: The judge of this stream.
         cpu_clock: Processor time of the calling thread, in seconds.
+
+    Attributes:
+        samples: Whether it may try now what compressing would bring.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Packer:
         cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self.worth = worth or Worth()
+        self.samples = True
         self._may_compress = ZSTD in encodings
         self._cache = cache if DELTA in encodings else None
         self._clock = cpu_clock
@@ -153,7 +157,7 @@ class Packer:
 
     def maybe_sample(self, numbers: Numbers, pages: Pages, round_number: int) -> None:
         """Find out how the pages *numbers*, sent as *pages*, would compress, if that is due."""
-        if not len(pages):
+        if not len(pages) or not self.samples:
             return
         if self._may_compress and self.worth.wants_sample(ZSTD):
             few = pages[:: max(len(pages) // _SAMPLE_PAGES, 1)][:_SAMPLE_PAGES]
