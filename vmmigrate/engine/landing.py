@@ -113,6 +113,7 @@ async def receive_ram(
             return
         await channel.send(applied)
         beside.start_soon(arriving.condense)
+        beside.start_soon(migration.journal.reserve)  # it is done once more in the pause, and finds nothing to do then
 
 
 async def _while_bulk_moves(

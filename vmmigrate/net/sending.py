@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import chain
 from operator import add
 
 import numpy as np
@@ -41,6 +42,7 @@ Numbers = npt.NDArray[np.int64]
 
 _MOST_ZEROS_KEPT = 1 << 16
 _DEALT_OUT_AT_ONCE_PAGES = 1 << 12
+_SENT_IN_TURN_PAGES = 512  # takes less than another thread takes to begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,23 +331,24 @@ class BulkSource:
         """
         before = (self.pages_done, self.zero_pages, self.bytes_sent)
         self._break_off.clear()
-        if pages.count() > _DEALT_OUT_AT_ONCE_PAGES:
+        count = pages.count()
+        if count > _DEALT_OUT_AT_ONCE_PAGES:
             shares = await trio.to_thread.run_sync(self._deal_out, pages)
         else:
             shares = self._deal_out(pages)
         stop = None if last else self._break_off
+        calls = [
+            partial(sender.send_round, runs, round_number, last=last, break_off=stop)
+            for sender, runs in zip(self._senders, shares, strict=True)
+        ]
+        threads = [calls] if count <= _SENT_IN_TURN_PAGES else [[call] for call in calls]
         left = await run_all_joined(
-            [
-                partial(sender.send_round, runs, round_number, last=last, break_off=stop)
-                for sender, runs in zip(self._senders, shares, strict=True)
-            ],
-            end=self._shut_down,
-            limiter=self._limiter,
+            [partial(_in_turn, calls_of_one) for calls_of_one in threads], end=self._shut_down, limiter=self._limiter
         )
         records = tuple(sender.records_at_barrier for sender in self._senders)
         after = (self.pages_done, self.zero_pages, self.bytes_sent)
         done, zeros, sent = (new - old for new, old in zip(after, before, strict=True))
-        return RoundSent(done, zeros, sent, records, self._unsent(left))
+        return RoundSent(done, zeros, sent, records, self._unsent(list(chain.from_iterable(left))))
 
     def _deal_out(self, pages: PageBitmap) -> list[Runs]:
         """What each stream sends. Over a large guest this takes a while: not for the event loop."""
@@ -365,6 +368,10 @@ class BulkSource:
         self._shut_down()
         for sender in self._senders:
             sender.link.close()
+
+
+def _in_turn(calls: Sequence[Callable[[], Runs]]) -> list[Runs]:
+    return [call() for call in calls]
 
 
 def region_boundaries(layout: RamLayout) -> tuple[int, ...]:
