@@ -205,6 +205,26 @@ def rewrite(ram: Pages, numbers: npt.NDArray[np.int64], seed: int, how: str) -> 
         ram[numbers] = 0
 
 
+class Capped(Worth):
+    """The judge of a link of which it is known that it carries no more than a byte per microsecond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paced_s_per_byte = 1e-6
+
+
+async def test_what_compresses_is_compressed_on_a_slow_link_though_there_is_but_one_round(contexts: Contexts) -> None:
+    """As for a guest that is paused already: nothing was learnt in a round before."""
+    layout = layout_of(4 * STRIPE_PAGES)
+    async with open_pair(contexts, layout, 1, encodings=(RAW, ZERO, ZSTD), judge=Capped) as pair:
+        rewrite(pair.source_ram.pages, np.arange(layout.pages), 1, "compressible")
+
+        await pair.run_round(PageBitmap.full(layout.pages), 1, last=True)
+
+        assert pair.is_equal()
+        assert pair.source.tally.pages[ZSTD] >= layout.pages - MAX_RECORD_PAGES
+
+
 @pytest.mark.parametrize("streams", [1, 3])
 async def test_what_changes_little_is_sent_as_little(contexts: Contexts, streams: int) -> None:
     """A word of each page, over and over: from the third time on only that travels, on every stream."""

@@ -235,15 +235,6 @@ def test_a_sample_tells_what_deltas_would_bring_before_any_copy_is_kept() -> Non
     assert packing.wants_copy(4)
 
 
-def test_nothing_is_sampled_while_the_guest_stands_still() -> None:
-    packing = Packer(WORDS, None, Worth())
-    packing.samples = False
-
-    packing.maybe_sample(np.arange(200), text(200), 2)
-
-    assert not packing.worth._ways
-
-
 def test_pages_that_changed_altogether_make_no_deltas_worth_while() -> None:
     packing, numbers = ticking(Slow()), np.arange(256)
 

@@ -129,7 +129,6 @@ class StreamSender:
         """
         self._round = round_number
         self._packer.worth.note_round()
-        self._packer.samples = not last  # the guest stands still, and nobody will need to know
         sent_runs = 0
         for group in groups(runs):
             if break_off is not None and break_off.is_set():

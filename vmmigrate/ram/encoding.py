@@ -84,9 +84,6 @@ class Packer:
         cache: Copies of what was sent, if deltas are wanted.
         worth: The judge of this stream.
         cpu_clock: Processor time of the calling thread, in seconds.
-
-    Attributes:
-        samples: Whether it may try now what compressing would bring.
     """
 
     def __init__(
@@ -98,7 +95,6 @@ class Packer:
         cpu_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self.worth = worth or Worth()
-        self.samples = True
         self._may_compress = ZSTD in encodings
         self._cache = cache if DELTA in encodings else None
         self._clock = cpu_clock
@@ -157,7 +153,7 @@ class Packer:
 
     def maybe_sample(self, numbers: Numbers, pages: Pages, round_number: int) -> None:
         """Find out how the pages *numbers*, sent as *pages*, would compress, if that is due."""
-        if not len(pages) or not self.samples:
+        if not len(pages):
             return
         if self._may_compress and self.worth.wants_sample(ZSTD):
             few = pages[:: max(len(pages) // _SAMPLE_PAGES, 1)][:_SAMPLE_PAGES]
