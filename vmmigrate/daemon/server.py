@@ -26,6 +26,7 @@ from vmmigrate.engine.journal import AsyncJournal, Journal
 from vmmigrate.errors import JournalError, UsageError, VmMigrateError
 from vmmigrate.hypervisor.base import Hypervisor
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
+from vmmigrate.hypervisor.kernel import give_large_blocks_back
 from vmmigrate.net.door import BulkDoor, DoorLimits
 from vmmigrate.net.https import HttpsLimits, serve_https
 from vmmigrate.net.identity import Call, Role
@@ -44,6 +45,7 @@ LIST_CHECK_S: Final = 3600.0
 
 async def run_until_signal(config: Config, on_ready: OnReady) -> None:
     """As `run_daemon`, until SIGTERM or SIGINT; SIGHUP reads certificates and revocation list again."""
+    give_large_blocks_back()
     gc.collect()
     gc.freeze()  # the modules; what is swept after each migration (`migrations.sweep`) is not all that again
     with trio.open_signal_receiver(signal.SIGHUP) as hangups:

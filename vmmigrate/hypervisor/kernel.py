@@ -1,4 +1,5 @@
-"""The few kernel calls that Python does not wrap, or not whole: userfaultfd, PAGEMAP_SCAN, hole punching, mappings.
+"""The few kernel calls that Python does not wrap, or not whole: userfaultfd, PAGEMAP_SCAN, hole punching, mappings; and
+one of the C library.
 
 Knows neither guests nor the event loop; the guest process imports it too, so it stays small. Every call blocks its
 thread until the kernel is done and releases the GIL meanwhile.
@@ -36,6 +37,9 @@ _UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_WRITEPROTECT = 0xC018AA06
 _REGISTER_MODE_WP = 2
 _WRITEPROTECT_MODE_WP = 1
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_BLOCK_BYTES = 4 << 20
 
 _PAGEMAP_SCAN = 0xC0606610
 _PM_SCAN_WP_MATCHING = 1
@@ -189,6 +193,21 @@ def _map(address: int | None, size_bytes: int, protection: int, flags: int, fd: 
 def sharpen_timers() -> None:
     """Let this thread's timed waits end on time (1 ns slack instead of 50 µs)."""
     _libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+def give_large_blocks_back() -> None:
+    """From now on a block of 4 MiB or more that this process frees is the kernel's again at once.
+
+    Otherwise glibc lets its threshold follow the blocks that are freed, up to 32 MiB: the second cache, or table, of a
+    migration would then come from a heap, and stay there. Setting one of these two turns following off for both, so
+    the other is set, too: blocks of a record's size are not to be given back and asked for again all the time.
+
+    Source: mallopt(3). Nothing happens where the C library has no such thing.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BLOCK_BYTES)
 
 
 def start_ticks_of(pid: int) -> int | None:
