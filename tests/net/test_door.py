@@ -178,7 +178,7 @@ async def test_no_more_than_a_record_waits_in_a_socket(source_files: TlsFiles, d
         with opened.door.expect(secrets_of(), DESTINATION, 1, SEALED) as appointment:
             (theirs,) = await open_all(opened, destination_files, 1, secrets_of(), SEALED)
             (ours,) = await opened.door.collect(appointment)
-        ours.pace(32 << 20)
+        ours.pace(8 << 20)
         reader = threading.Thread(target=_read_records, args=(theirs, 8))
         reader.start()
 

@@ -269,6 +269,43 @@ def test_a_delta_pays_for_its_own_copies_and_not_for_all_that_were_only_kept_bef
     assert way.packing_s_per_byte * 16 * PAGE_SIZE < 0.010  # each step is seen to take 1 or 2 ms
 
 
+def test_a_group_of_which_few_pages_are_held_does_not_make_deltas_dear() -> None:
+    """Each page pays for its own copy, and a handful of pages tells nothing at all."""
+    packing, ram = ticking(Always()), noise(256)
+    for held, round_number in (([0], 2), (range(256), 3)):
+        numbers = np.array(held)
+        copy = packing.copy_of(ram, numbers)
+        list(packing.encode(numbers, copy, np.zeros(len(numbers), dtype=np.uint64), round_number))
+    assert DELTA not in packing.worth._ways
+
+    for number in (4, 5):
+        copy = packing.copy_of(ram, np.arange(256))
+        list(packing.encode(np.arange(256), copy, np.zeros(256, dtype=np.uint64), number))
+    packing.copy_of(ram, np.arange(256))
+    known = packing.worth._ways[DELTA].packing_s_per_byte
+    packing._pack(DELTA, ram[:16])
+    assert packing.worth._ways[DELTA].packing_s_per_byte < known * 8  # a call of its own, but no copy of 256 pages
+
+
+def test_deltas_are_sampled_beside_compressed_pages() -> None:
+    """Pages that compress may change so little that deltas are better still."""
+    worth = Slow()
+    worth.note_packed(ZSTD, 1 << 20, 1 << 18, worth.work_s_per_byte * (1 << 17))
+    worth.note_packed(ZSTD, 1 << 20, 1 << 18, worth.work_s_per_byte * (1 << 17))
+    packing, pages, numbers = ticking(worth, WORDS), text(256), np.arange(256)
+    assert worth.pays(ZSTD)
+
+    for round_number in (2, 3):
+        list(packing.encode(numbers, pages, np.zeros(256, dtype=np.uint64), round_number))
+        pages[:, 9] += np.uint64(1)
+
+    assert DELTA in packing.worth._ways
+
+
+def test_a_group_of_zero_pages_only_is_no_record() -> None:
+    assert encode(packer(), noise(0)) == []
+
+
 def test_what_is_sent_while_deltas_do_not_pay_is_no_base() -> None:
     worth = Always()
     packing, pages = packer(worth, (RAW, ZERO, DELTA)), noise(20)

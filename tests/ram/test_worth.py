@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from vmmigrate.memory import MIB, PAGE_SIZE
 from vmmigrate.ram.worth import Worth
 
 RECORD_BYTES = 1 << 20
@@ -183,15 +184,15 @@ def test_nothing_pays_of_which_nothing_is_known() -> None:
 
 
 def test_what_is_done_however_pages_go_is_no_gain_of_compressing() -> None:
-    """A link of which one byte takes 1.5 s where all of our own work takes 1, and packing 0.5: compressing to nothing
+    """A link of which a MiB takes 1.5 s where all of our own work takes 1, and packing 0.5: compressing to nothing
     leaves what looking takes."""
 
     def judged(look_s: float) -> Worth:
         worth = Worth()
-        worth.note_look(1, look_s)
-        worth.note_work(1, 1.0)
-        worth.note_packed("zstd", 1, 0, 0.5)
-        worth.paced_s_per_byte = 1.5
+        worth.note_look(MIB, look_s)
+        worth.note_work(MIB, 1.0)
+        worth.note_packed("zstd", MIB, 0, 0.5)
+        worth.paced_s_per_byte = 1.5 / MIB
         return worth
 
     assert judged(0.5).pays("zstd")
@@ -200,33 +201,42 @@ def test_what_is_done_however_pages_go_is_no_gain_of_compressing() -> None:
 
 def test_what_is_not_known_is_believed_to_pay_only_where_the_link_is_by_far_the_slower_stage() -> None:
     worth = Worth()
-    worth.note_work(1, 1.0)
+    worth.note_work(MIB, 1.0)
 
-    worth.paced_s_per_byte = 2.0
+    worth.paced_s_per_byte = 2.0 / MIB
     assert worth.is_slow
     assert not worth.promises("delta")
-    worth.paced_s_per_byte = 8.0
+    worth.paced_s_per_byte = 8.0 / MIB
     assert worth.promises("delta")
 
-    worth.note_packed("delta", 1, 1, 1.0)
+    worth.note_packed("delta", MIB, MIB, 1.0)
     assert not worth.promises("delta")
 
 
 def test_a_cheap_sample_does_not_make_a_way_cheap_that_was_dear_in_use() -> None:
     """Its cost creeps down, so that it is tried again one day; what is dearer counts at once."""
     worth = Worth()
-    worth.note_work(1, 1.0)
-    worth.paced_s_per_byte = 4.0
-    worth.note_packed("delta", 1, 0, 8.0)
+    worth.note_work(MIB, 1.0)
+    worth.paced_s_per_byte = 4.0 / MIB
+    worth.note_packed("delta", MIB, 0, 8.0)
 
     tried = 0
-    while not worth.pays("delta"):
-        worth.note_sample("delta", 1, 0, 0.1)
+    while not worth.pays("delta") and tried < 100:
+        worth.note_sample("delta", MIB, 0, 0.1)
         tried += 1
-    assert tried > 10
+    assert 4 < tried < 100
 
-    worth.note_sample("delta", 1, 0, 9.0)
+    worth.note_sample("delta", MIB, 0, 9.0)
     assert not worth.pays("delta")
+
+
+def test_a_few_pages_tell_nothing_of_what_a_way_costs() -> None:
+    worth = Worth()
+
+    worth.note_packed("delta", 4 * PAGE_SIZE, 10, 1.0)
+    worth.note_sample("delta", 4 * PAGE_SIZE, 10, 1.0)
+
+    assert worth.wants_sample("delta")
 
 
 def test_an_idle_time_between_rounds_is_not_taken_for_a_slow_link() -> None:

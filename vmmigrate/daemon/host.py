@@ -197,11 +197,17 @@ class Host:
         if reason is not None:
             raise RequestError(f"instance {instance_id}: {reason}", code="indeterminate")
 
+    def _check_deleted(self, instance_id: str) -> None:
+        """Raises: RequestError `instance_exists`: it is being deleted, and its guest or its document is still there."""
+        known = self.journal.state.instances.get(instance_id)
+        if known is not None and known.holding is Holding.REMOVED and instance_id in self.instances:
+            raise RequestError(f"instance {instance_id} is being deleted: ask again", code="instance_exists")
+
     def _check_arrived(self, instance_id: str) -> None:
         """Raises: RequestError `arriving`: it was started here this very moment, and is not among ours yet."""
-        known = self.journal.state.instances.get(instance_id)
-        is_arriving = any(arrival.document.instance_id == instance_id for arrival in self.arrivals.values())
-        if is_arriving and known is not None and known.holding in {Holding.HELD, Holding.LOST}:
+        incoming = self.journal.state.incoming
+        arriving = [incoming[m] for m, a in self.arrivals.items() if a.document.instance_id == instance_id]
+        if any(migration.stage is Incoming.STARTED for migration in arriving):
             raise RequestError(f"instance {instance_id} is arriving: ask again when it is here", code="arriving")
 
     # -- what it takes to build a guest ----------------------------------------------------------------------------
@@ -314,6 +320,7 @@ class Host:
         async with self._creating:
             # Decided before it is written, so that a refusal leaves the document of the existing instance alone.
             rules.decide(self.journal.state, rules.Create(request.id))
+            self._check_deleted(request.id)
             await trio.to_thread.run_sync(self.documents.save_instance, document)
             await self.journal.commit(rules.Create(request.id))
             self.instances[request.id] = Instance(document)
@@ -382,8 +389,9 @@ class Host:
         async with self._asked(instance_id, Request.DELETE) as instance:
             await self.journal.commit(rules.Remove(instance_id))
             await self._end_guest(instance)
-            del self.instances[instance_id]
             await trio.to_thread.run_sync(self.documents.remove_instance, instance_id)
+            if self.instances.get(instance_id) is instance:
+                del self.instances[instance_id]
             log.info("instance.deleted", instance=instance_id)
 
     async def _end_guest(self, instance: Instance) -> None:

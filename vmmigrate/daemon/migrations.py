@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import secrets
 import time
 import uuid
@@ -21,6 +20,7 @@ from vmmigrate.api.models import MigrateIn, MigrateOut
 from vmmigrate.daemon.host import Host
 from vmmigrate.daemon.orders import options_of, options_shown, source_address_of
 from vmmigrate.daemon.reports import Reports
+from vmmigrate.daemon.upkeep import sweep
 from vmmigrate.engine.abilities import narrowed, of_this_release
 from vmmigrate.engine.destination import migrate_in
 from vmmigrate.engine.frozen import Frozen, note_integrity
@@ -474,11 +474,14 @@ class Migrations:
         if decision.records and migration_id in self.channels:
             # The handoff may still come out of a socket buffer: it will find `refused`.
             self.channels[migration_id].fail(OwnershipRefusal("the source asked and was refused", code="settled"))
-        assert decision.answer is not None
+        answer = decision.answer
+        assert answer is not None
+        if answer is Answer.STARTED and migration_id in self.host.arrivals:
+            answer = Answer.PENDING  # any moment now: whoever hears that it moved shall find it here
         incoming = self.host.journal.state.incoming.get(migration_id)
         return {
             "migration_id": migration_id,
-            "answer": decision.answer.value,
+            "answer": answer.value,
             "journal_id": self.host.journal.id,
             "code": incoming.code if incoming else None,
         }
@@ -581,16 +584,6 @@ def _newest(kept: K) -> K:
     while len(kept) >= _LEARNT_KEPT:
         del kept[next(iter(kept))]
     return kept
-
-
-def sweep() -> None:
-    """Free what a migration has left.
-
-    An error keeps the frames that it names, and they keep the error and the tables of a whole migration, 0.2 % of the
-    guest's RAM, until the garbage collector comes by; in a quiet daemon that may be never. A daemon of its own has
-    frozen all that it has imported, so that this takes about a millisecond.
-    """
-    gc.collect()
 
 
 def _abilities(host: Host) -> Abilities:

@@ -47,7 +47,7 @@ async def run_until_signal(config: Config, on_ready: OnReady) -> None:
     """As `run_daemon`, until SIGTERM or SIGINT; SIGHUP reads certificates and revocation list again."""
     give_large_blocks_back()
     gc.collect()
-    gc.freeze()  # the modules; what is swept after each migration (`migrations.sweep`) is not all that again
+    gc.freeze()  # the modules; what is swept after each migration (`upkeep.sweep`) is not all that again
     with trio.open_signal_receiver(signal.SIGHUP) as hangups:
         async with open_group() as nursery:
             nursery.start_soon(_stop_on_signal, nursery)

@@ -42,7 +42,7 @@ Numbers = npt.NDArray[np.int64]
 
 _MOST_ZEROS_KEPT = 1 << 16
 _DEALT_OUT_AT_ONCE_PAGES = 1 << 12
-_SENT_IN_TURN_PAGES = 512  # takes less than another thread takes to begin
+_SENT_IN_TURN_PAGES = 256  # fit a socket, and take less than another thread takes to begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +297,7 @@ class BulkSource:
         self._limiter = trio.CapacityLimiter(len(links))
         self._cuts = region_boundaries(layout)
         self._break_off = threading.Event()
+        self._is_paced = False
 
     @property
     def bytes_sent(self) -> int:
@@ -316,6 +317,7 @@ class BulkSource:
 
     def pace(self, bytes_per_s: int) -> None:
         """All streams together send no faster than this from now on; 0 lifts the limit."""
+        self._is_paced = bytes_per_s > 0
         for sender in self._senders:
             sender.pace(-(-bytes_per_s // len(self._senders)))
 
@@ -340,7 +342,8 @@ class BulkSource:
             partial(sender.send_round, runs, round_number, last=last, break_off=stop)
             for sender, runs in zip(self._senders, shares, strict=True)
         ]
-        threads = [calls] if count <= _SENT_IN_TURN_PAGES else [[call] for call in calls]
+        # Paced streams have a part of the speed each: one after the other would be as slow as one.
+        threads = [calls] if count <= _SENT_IN_TURN_PAGES and not self._is_paced else [[call] for call in calls]
         left = await run_all_joined(
             [partial(_in_turn, calls_of_one) for calls_of_one in threads], end=self._shut_down, limiter=self._limiter
         )

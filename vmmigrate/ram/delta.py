@@ -28,6 +28,7 @@ Flags = npt.NDArray[np.bool_]
 
 _NOBODY: Final = -1
 SAMPLE_PAGES: Final = 16
+TELLING_PAGES: Final = 8  # of a sample, at least
 _KEPT_ROUNDS: Final = 2  # a page that was not written for so many rounds makes room
 
 
@@ -115,8 +116,12 @@ class DeltaSample:
         self._numbers, self._round = numbers[:SAMPLE_PAGES], round_number
         self._pages[: len(self._numbers)] = pages[: len(self._numbers)]
 
-    def changes(self, numbers: Numbers, pages: Pages) -> Pages:
-        """What has changed in the pages of the sample that are among *numbers*, now *pages*; it is used up then."""
+    def changes(self, numbers: Numbers, pages: Pages) -> Pages | None:
+        """What has changed in the pages of the sample that are among *numbers*, now *pages*; it is used up then. None:
+        hardly any of them are, and it goes on waiting.
+        """
         _, now, before = np.intersect1d(numbers, self._numbers, assume_unique=True, return_indices=True)
+        if len(now) < TELLING_PAGES:
+            return None
         self._numbers = self._numbers[:0]
         return pages[now] ^ self._pages[before]

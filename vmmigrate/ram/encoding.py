@@ -101,9 +101,9 @@ class Packer:
         self._compressor = zstandard.ZstdCompressor(level=LEVEL)
         self._copy: Pages = np.empty((MAX_RECORD_PAGES, PAGE_SIZE // 8), dtype=np.uint64)
         self._sample = DeltaSample()
-        self._taking_s = 0.0  # what the sample took to copy, for each of its pages
-        self._keeping_s = 0.0  # what the last pages took to be kept
-        self._unpaid_s = 0.0  # processor time for copies, which belongs to the next that is made of them
+        self._taking_s = 0.0  # processor time for a page: to copy it into the sample,
+        self._copying_s = 0.0  # to make the private copy of it,
+        self._keeping_s = 0.0  # and to keep it
 
     def wants_copy(self, round_number: int) -> bool:
         """Whether the next pages should be encoded; else they are sent straight from where they lie."""
@@ -122,9 +122,7 @@ class Packer:
         else:
             copy = self._copy[: len(index)]
             np.take(ram, index, axis=0, out=copy, mode="clip")  # every other mode makes a copy on the way
-        # Keeping comes after packing: what it took the last time stands for this time. Never more than one of each is
-        # charged, or the first pages that are packed would pay for a whole round of pages that were only kept.
-        self._unpaid_s = self._keeping_s + self._clock() - begun
+        self._copying_s = (self._clock() - begun) / len(copy)
         return copy
 
     def encode(self, numbers: Numbers, pages: Pages, bases: Digests, round_number: int) -> Iterator[Encoded]:
@@ -133,18 +131,21 @@ class Packer:
         Args:
             bases: The digest of each page as it was sent last.
         """
+        if not len(numbers):
+            return
         cache = self._cache if self._follows(round_number) else None
         held = cache.holds(numbers) if cache else np.zeros(len(numbers), dtype=np.bool_)
         if held.any():
-            yield from self._delta(numbers[held], pages[held], bases[held], round_number)
+            yield from self._delta(numbers[held], pages[held], bases[held])
         if not held.all():
-            yield from self._whole(numbers[~held], pages[~held] if held.any() else pages, round_number)
+            yield from self._whole(numbers[~held], pages[~held] if held.any() else pages)
         begun = self._clock()
         if cache:
             cache.keep(numbers, pages, round_number)
         else:
             self.forget(numbers)
-        self._keeping_s = self._clock() - begun
+            self._maybe_sample_delta(numbers, pages, round_number)
+        self._keeping_s = (self._clock() - begun) / len(numbers) if cache else 0.0
 
     def forget(self, index: slice | Numbers) -> None:
         """The pages at *index* were sent straight from live memory: nobody knows as what."""
@@ -155,50 +156,57 @@ class Packer:
         """Find out how the pages *numbers*, sent as *pages*, would compress, if that is due."""
         if not len(pages):
             return
+        self._maybe_sample_whole(pages)
+        self._maybe_sample_delta(numbers, pages, round_number)
+
+    def _maybe_sample_whole(self, pages: Pages) -> None:
         if self._may_compress and self.worth.wants_sample(ZSTD):
-            few = pages[:: max(len(pages) // _SAMPLE_PAGES, 1)][:_SAMPLE_PAGES]
-            self._try(ZSTD, few)
-        if self._cache is not None and round_number > _FIRST_ROUND and self.worth.is_slow:
-            self._maybe_sample_delta(numbers, pages, round_number)
+            self._try(ZSTD, pages[:: max(len(pages) // _SAMPLE_PAGES, 1)][:_SAMPLE_PAGES])
 
     def _maybe_sample_delta(self, numbers: Numbers, pages: Pages, round_number: int) -> None:
         """A few pages are remembered; when they come again, it is seen how little has changed."""
+        if self._cache is None or round_number == _FIRST_ROUND or not self.worth.is_slow:
+            return
         begun = self._clock()
         if self._sample.may_be_in(int(numbers[0]), int(numbers[-1]), round_number):
             changed = self._sample.changes(numbers, pages)
-            if len(changed):
+            if changed is not None:
                 # In earnest a page is copied twice: to be packed, and to be kept.
                 self._try(DELTA, changed, self._clock() - begun + 2 * self._taking_s * len(changed))
         elif self._sample.is_wanted(round_number) and self.worth.wants_sample(DELTA):
             self._sample.take(numbers, pages, round_number)
             self._taking_s = (self._clock() - begun) / min(len(numbers), SAMPLE_PAGES)
 
-    def _delta(self, numbers: Numbers, pages: Pages, bases: Digests, round_number: int) -> Iterator[Encoded]:
+    def _delta(self, numbers: Numbers, pages: Pages, bases: Digests) -> Iterator[Encoded]:
         assert self._cache is not None
         begun = self._clock()
         changed = pages.copy()
         self._cache.xor(numbers, changed)
-        self._unpaid_s += self._clock() - begun
-        frame = self._pack(DELTA, changed)
+        frame = self._pack(DELTA, changed, self._clock() - begun)
         if len(frame) + bases.nbytes < pages.nbytes * _WORTH_A_RECORD:
             yield Encoded(RecordKind.DELTA, numbers, (bases.astype(">u8").tobytes(), frame))
         else:
-            yield from self._whole(numbers, pages, round_number)
+            yield from self._whole(numbers, pages)
 
-    def _whole(self, numbers: Numbers, pages: Pages, round_number: int) -> Iterator[Encoded]:
+    def _whole(self, numbers: Numbers, pages: Pages) -> Iterator[Encoded]:
         if self._may_compress and self.worth.pays(ZSTD):
             frame = self._pack(ZSTD, pages)
             if len(frame) < pages.nbytes * _WORTH_A_RECORD:
                 yield Encoded(RecordKind.ZSTD, numbers, (frame,))
                 return
-        self.maybe_sample(numbers, pages, round_number)
+        else:
+            self._maybe_sample_whole(pages)
         yield Encoded(RecordKind.PAGES, numbers, (pages.data.cast("B"),))
 
-    def _pack(self, way: str, pages: Pages) -> bytes:
+    def _pack(self, way: str, pages: Pages, before_s: float = 0.0) -> bytes:
+        """Compressed, and charged with *before_s* and with the copies of these pages.
+
+        Keeping comes after packing: what it took the last time stands for this time.
+        """
         begun = self._clock()
         frame = self._compressed(pages)
-        self.worth.note_packed(way, pages.nbytes, len(frame), self._clock() - begun + self._unpaid_s)
-        self._unpaid_s = 0.0
+        copies_s = (self._copying_s + self._keeping_s) * len(pages)
+        self.worth.note_packed(way, pages.nbytes, len(frame), self._clock() - begun + before_s + copies_s)
         return frame
 
     def _try(self, way: str, pages: Pages, before_s: float = 0.0) -> None:

@@ -20,7 +20,7 @@ a processor is not. A limit that was set is known without being measured.
 
 There are several ways to compress, each with a ratio and a cost of its own. While one is not in use, now and then a
 sample is compressed, for the ratio; samples may cost a hundredth of the time each. What a sample costs says little of
-what a way costs that has been in use: its known cost only creeps down.
+what a way costs that has been in use: its known cost only creeps down. A few pages tell nothing.
 
 Source: peers.md 2.2 (compression pays below about 4 Gb/s per core) and XAPI's experience that a fixed choice costs a
 third of the speed on a fast link.
@@ -40,6 +40,8 @@ _QUEUE_IS_BUSY_BYTES: Final = 64 << 10
 _WAITED_SHARE: Final = 0.25  # of the time, in sending: the link is what is waited for
 _CREEP: Final = 0.96
 _SAMPLE_SHARE: Final = 0.01
+_TELLING_BYTES: Final = 32 << 10  # what is less costs mostly what every call costs
+_FORGIVING: Final = 0.9  # of a known cost, at each sample that was cheaper
 _GAIN: Final = 0.95  # what compressing has to bring the time down to before it begins,
 _GAIN_IN_USE: Final = 0.98  # and to go on
 _DEAR: Final = 4.0  # a link so many times slower than our own work that what is not known yet is believed to pay
@@ -189,15 +191,19 @@ class Worth:
 
     def note_packed(self, way: str, ram_bytes: int, packed_bytes: int, cpu_s: float) -> None:
         """So much was compressed to *packed_bytes* and sent; the processor time of that alone, without the sending."""
+        if ram_bytes < _TELLING_BYTES:
+            return
         known = self._ways.setdefault(way, _Way(packed_bytes / ram_bytes, cpu_s / ram_bytes))
         known.ratio = _smoothed(known.ratio, packed_bytes / ram_bytes)
         known.packing_s_per_byte = _smoothed(known.packing_s_per_byte, cpu_s / ram_bytes)
 
     def note_sample(self, way: str, ram_bytes: int, packed_bytes: int, cpu_s: float) -> None:
         """So much was compressed to *packed_bytes*, to see what that would bring."""
+        if ram_bytes < _TELLING_BYTES:
+            return
         known = self._ways.setdefault(way, _Way(packed_bytes / ram_bytes, cpu_s / ram_bytes))
         known.ratio = _smoothed(known.ratio, packed_bytes / ram_bytes)
-        known.packing_s_per_byte = max(known.packing_s_per_byte * _CREEP, cpu_s / ram_bytes)
+        known.packing_s_per_byte = max(known.packing_s_per_byte * _FORGIVING, cpu_s / ram_bytes)
         known.sample_s, known.work_at_sample_s = cpu_s, self._work_s
 
     def wants_sample(self, way: str) -> bool:
