@@ -32,8 +32,10 @@ def test_the_ram_bench_copies_with_every_contender_and_prints_the_contract() -> 
     """It compares the memory of both processes after every copy, and fails when they differ."""
     printed = printed_by("ram_throughput", "--mib", "8", "--rounds", "1")
 
-    contenders = {run["contender"] for run in printed["runs"]}
-    assert contenders == {"raw", "ssl", "seal-only", "tls-1", "sealed-1", "sealed-2", "sealed-4"}
+    everywhere = {"raw", "ssl", "seal-only", "tls-1", "sealed-1", "sealed-2", "sealed-4"}
+    populating = {"sealed-1-populating", "sealed-2-populating", "sealed-4-populating"}
+    assert {run["contender"] for run in printed["runs"] if not run["cold"]} == everywhere
+    assert {run["contender"] for run in printed["runs"] if run["cold"]} == everywhere | populating
     assert {(run["content"], run["cold"]) for run in printed["runs"]} == {
         ("incompressible", False),
         ("half-zero", False),
@@ -41,6 +43,20 @@ def test_the_ram_bench_copies_with_every_contender_and_prints_the_contract() -> 
     }
     assert all(run["seconds"] > 0 and run["source_cpu_s_per_gib"] > 0 for run in printed["runs"])
     assert "sealed-1 / raw, incompressible, populated" in printed["ratios"]
+    assert "sealed-1-populating / sealed-1, incompressible, cold" in printed["ratios"]
+
+
+@pytest.mark.slow
+def test_the_bench_of_steps_accounts_for_all_of_a_threads_time_and_prints_the_contract() -> None:
+    printed = printed_by("ram_steps", "--mib", "32", "--rounds", "1")
+
+    for run in printed["runs"]:
+        assert set(run["source"]) == {"look", "seal", "send", "all else"}
+        assert set(run["destination"]) == {"take", "open", "digest", "all else"}
+        for side in ("source", "destination"):
+            in_steps = sum(step["cpu_s_per_gib"] for step in run[side].values())
+            assert 0 < in_steps <= run[f"{side}_cpu_s_per_gib"] * 1.05
+    assert sum(share for step, share in printed["ratios"].items() if step.endswith(", half-zero")) > 0.9
 
 
 @pytest.mark.slow
