@@ -209,8 +209,22 @@ def test_what_is_not_known_is_believed_to_pay_only_where_the_link_is_by_far_the_
     worth.paced_s_per_byte = 8.0 / MIB
     assert worth.promises("delta")
 
-    worth.note_packed("delta", MIB, MIB, 1.0)
+    for _ in range(4):
+        assert worth.promises("delta")
+        worth.note_packed("delta", MIB, MIB, 1.0)
     assert not worth.promises("delta")
+
+
+def test_one_dear_first_time_does_not_condemn_a_way() -> None:
+    worth = Worth()
+    worth.note_work(MIB, 1.0)
+    worth.paced_s_per_byte = 8.0 / MIB
+
+    worth.note_packed("delta", MIB, 0, 20.0)
+    assert worth.promises("delta")
+    worth.note_packed("delta", MIB, 0, 1.0)
+
+    assert worth.pays("delta")
 
 
 def test_a_cheap_sample_does_not_make_a_way_cheap_that_was_dear_in_use() -> None:

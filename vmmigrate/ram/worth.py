@@ -19,8 +19,8 @@ is found out: in the end a few records go as they are, and tell. The receiver's 
 a processor is not. A limit that was set is known without being measured.
 
 There are several ways to compress, each with a ratio and a cost of its own. While one is not in use, now and then a
-sample is compressed, for the ratio; samples may cost a hundredth of the time each. What a sample costs says little of
-what a way costs that has been in use: its known cost only creeps down. A few pages tell nothing.
+sample is compressed, for the ratio; the samples of a way may cost half a hundredth of the time. What a sample costs
+says little of what a way costs that has been in use: its known cost only creeps down. A few pages tell nothing.
 
 Source: peers.md 2.2 (compression pays below about 4 Gb/s per core) and XAPI's experience that a fixed choice costs a
 third of the speed on a fast link.
@@ -39,7 +39,8 @@ _RECORD_BYTES: Final = 1 << 20  # of guest RAM, mostly
 _QUEUE_IS_BUSY_BYTES: Final = 64 << 10
 _WAITED_SHARE: Final = 0.25  # of the time, in sending: the link is what is waited for
 _CREEP: Final = 0.96
-_SAMPLE_SHARE: Final = 0.01
+_SAMPLE_SHARE: Final = 0.005
+_TRIES: Final = 4  # the first is dearer than all after it: nothing is in a cache, no memory was touched
 _TELLING_BYTES: Final = 32 << 10  # what is less costs mostly what every call costs
 _FORGIVING: Final = 0.9  # of a known cost, at each sample that was cheaper
 _GAIN: Final = 0.95  # what compressing has to bring the time down to before it begins,
@@ -54,6 +55,7 @@ class _Way:
     ratio: float
     packing_s_per_byte: float
     is_in_use: bool = False
+    tries: int = 0
     sample_s: float = 0.0
     work_at_sample_s: float = 0.0
 
@@ -111,8 +113,9 @@ class Worth:
         return self.wire_s_per_byte > self.work_s_per_byte * _DEAR
 
     def promises(self, way: str) -> bool:
-        """As `pays`; of a *way* of which nothing is known, whether it is likely to."""
-        return self.pays(way) if way in self._ways else self.is_dear
+        """As `pays`; a *way* that was not tried a few times in earnest is also believed to, where the link is dear."""
+        known = self._ways.get(way)
+        return self.pays(way) or ((known is None or known.tries < _TRIES) and self.is_dear)
 
     def pays(self, way: str) -> bool:
         """Whether what is sent next should be compressed in this *way*, of which something is known."""
@@ -195,7 +198,11 @@ class Worth:
             return
         known = self._ways.setdefault(way, _Way(packed_bytes / ram_bytes, cpu_s / ram_bytes))
         known.ratio = _smoothed(known.ratio, packed_bytes / ram_bytes)
-        known.packing_s_per_byte = _smoothed(known.packing_s_per_byte, cpu_s / ram_bytes)
+        known.tries += 1
+        if known.tries <= _TRIES:
+            known.packing_s_per_byte = min(known.packing_s_per_byte, cpu_s / ram_bytes)
+        else:
+            known.packing_s_per_byte = _smoothed(known.packing_s_per_byte, cpu_s / ram_bytes)
 
     def note_sample(self, way: str, ram_bytes: int, packed_bytes: int, cpu_s: float) -> None:
         """So much was compressed to *packed_bytes*, to see what that would bring."""
