@@ -2,6 +2,7 @@
 
     python bench/memory.py [--full] [--json] [--cases "256 MiB,8 GiB sparse"] [--caches 32,0] [--moves N]
     python bench/memory.py --cases "8 GiB sparse" --caches 32 --moves 8
+    python bench/memory.py --cases "8 GiB" --caches 32 --moves 3
     python bench/memory.py --json | jq .ratios
 
 Two daemons in processes of their own, new ones for each case, and one guest that moves to and fro between them. Of both
@@ -20,6 +21,7 @@ kept        what the daemon, quiet again after the last move, has more than befo
             all of RAM touched, and little written
 8 GiB sparse
             64 MiB of it touched
+8 GiB       all of it touched; only when it is asked for, since it takes 17 GiB of memory
 256 MiB busy
             all of RAM touched, 64 bytes of each page written again and again, so that there are many rounds; the link
             is held to 192 MiB/s (`--bandwidth-mib-s`), so that zstd and deltas may pay
@@ -101,6 +103,7 @@ CASES = (
     Case("256 MiB", 256, 256),
     Case("1 GiB", 1024, 1024),
 )
+LARGE = Case("8 GiB", 8192, 8192)  # only when it is asked for: it takes 17 GiB of this machine's memory
 SHORT_PLAN = 3  # the first two cases; the second with its first cache only: over a fast link no cache is used
 
 # --------------------------------------------------------------------------- looking at a daemon
@@ -338,15 +341,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--full", action="store_true", help="every case, 8 moves of each")
-    parser.add_argument("--cases", default=None, help=f"of {', '.join(case.name for case in CASES)}")
+    parser.add_argument("--cases", default=None, help=f"of {', '.join(case.name for case in (*CASES, LARGE))}")
     parser.add_argument("--caches", default=None, help=f"MiB, for `delta_cache_mib` ({DEFAULT_CACHE_MIB},0)")
     parser.add_argument("--moves", type=int, default=None, help="moves of every case (3; full: 8)")
     arguments = parser.parse_args()
     names = arguments.cases.split(",") if arguments.cases else [case.name for case in CASES]
-    if unknown := set(names) - {case.name for case in CASES}:
-        parser.error(f"--cases: {', '.join(sorted(unknown))}: allowed are {', '.join(case.name for case in CASES)}")
+    known = {case.name: case for case in (*CASES, LARGE)}
+    if unknown := set(names) - known.keys():
+        parser.error(f"--cases: {', '.join(sorted(unknown))}: allowed are {', '.join(known)}")
     caches = [int(mib) for mib in (arguments.caches or f"{DEFAULT_CACHE_MIB},0").split(",")]
-    plan = [(case, cache_mib) for case in CASES if case.name in names for cache_mib in caches]
+    plan = [(case, cache_mib) for name, case in known.items() if name in names for cache_mib in caches]
     moves = arguments.moves or (8 if arguments.full else 3)
     runs = trio.run(measure, plan if arguments.full or arguments.cases else plan[:SHORT_PLAN], moves)
     ratios = ratios_of(runs)
