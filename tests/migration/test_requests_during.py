@@ -250,19 +250,54 @@ async def _delete(host: RunningHost, instance: str, deleted: trio.Event) -> None
 
 
 async def test_a_guest_that_was_started_this_moment_is_arriving_until_it_runs(tmp_path: Path) -> None:
+    """Also for a source that has waited long enough and asks: that it moved, it hears when the instance is there."""
     async with held_at(tmp_path, Position("beta", Standing.FREE, "beta", "run")) as moment:
         alpha, beta = moment.fleet.hosts["alpha"], moment.fleet.hosts["beta"]
 
+        with trio.fail_after(PATIENCE_S):
+            while (await alpha.record(moment.migration))["outcome"] != "unknown":
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        await trio.testing.wait_all_tasks_blocked(0.3)  # it asks several times meanwhile
         outcomes = [(await host.record(moment.migration))["outcome"] for host in (alpha, beta)]
         answers = [await ask(beta, moment.instance, request) for request in (Request.PAUSE, Request.DELETE)]
         with pytest.raises(RequestError, match="is arriving"):
             await beta.instance(moment.instance)
 
-        assert "moved" not in outcomes  # but `unknown` at the source, once it has waited long enough
+        assert outcomes == ["unknown", None]
         assert answers == ["arriving", "arriving"]
         source, destination = await moment.outcomes()
         assert (source["outcome"], destination["outcome"]) == ("moved", "moved")
         assert (await check(beta, moment.instance))["consistent"]
+
+
+async def test_a_name_is_free_again_when_all_of_the_deleted_instance_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its document would be removed after that of the new one was written in its place."""
+    reached, go = threading.Event(), threading.Event()
+    remove = DocumentStore.remove_instance
+
+    def held(store: DocumentStore, instance_id: str) -> None:
+        reached.set()
+        assert go.wait(PATIENCE_S)
+        remove(store, instance_id)
+
+    monkeypatch.setattr(DocumentStore, "remove_instance", held)
+    async with open_fleet(tmp_path, "alpha") as fleet:
+        alpha = await fleet.start("alpha")
+        instance = await create(alpha, program=stress(2, 500))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_delete, alpha, instance, trio.Event())
+            assert await trio.to_thread.run_sync(reached.wait, PATIENCE_S)
+
+            with pytest.raises(VmMigrateError) as caught:
+                await create(alpha, id=instance, program=stress(2, 500))
+            assert caught.value.code == "instance_exists"
+            go.set()
+
+        await create(alpha, id=instance, program=stress(2, 500))
+        assert (await alpha.instance(instance))["state"] == "running"
+        assert [path.name for path in (tmp_path / "alpha").rglob(f"{instance}.json")]
 
 
 async def ask(host: RunningHost, instance: str, request: Request) -> str:
