@@ -26,7 +26,7 @@ import numpy as np
 import trio
 
 from vmmigrate.engine.populating import Populating
-from vmmigrate.hypervisor.embedded.rammap import MappedRam
+from vmmigrate.hypervisor.rammap import MappedRam
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Region
 from vmmigrate.net import pki
 from vmmigrate.net.door import BulkDoor, open_streams

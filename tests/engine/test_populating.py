@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vmmigrate.engine.populating import CHUNK_PAGES, Populating
 from vmmigrate.errors import HypervisorError
-from vmmigrate.hypervisor.embedded.rammap import MappedRam
+from vmmigrate.hypervisor.rammap import MappedRam
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
 
 PAGES = 2 * CHUNK_PAGES

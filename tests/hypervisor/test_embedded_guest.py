@@ -24,7 +24,7 @@ from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_erro
 from vmmigrate.hypervisor.embedded import protocol
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
 from vmmigrate.hypervisor.embedded.remote import EmbeddedGuest
-from vmmigrate.hypervisor.embedded.spawn import ProcessWatch
+from vmmigrate.hypervisor.processes import ProcessWatch
 from vmmigrate.memory import GIB, MIB, PAGE_SIZE, PageBitmap, RamLayout, Region
 
 REPOSITORY = Path(__file__).parents[2]

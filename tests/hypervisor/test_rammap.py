@@ -11,7 +11,7 @@ import pytest
 
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor import kernel
-from vmmigrate.hypervisor.embedded.rammap import HUGE_BYTES, MappedRam, probe_huge_pages
+from vmmigrate.hypervisor.rammap import HUGE_BYTES, MappedRam, probe_huge_pages
 from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
 
 PAGES = 16

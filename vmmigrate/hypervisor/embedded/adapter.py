@@ -6,7 +6,6 @@ own. A build that fails or is cancelled leaves nothing: no process, descriptor, 
 
 from __future__ import annotations
 
-import select
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -15,7 +14,7 @@ import trio
 
 import vmmigrate
 from vmmigrate.errors import HypervisorError
-from vmmigrate.hypervisor import kernel
+from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import (
     Capabilities,
     Capability,
@@ -29,15 +28,14 @@ from vmmigrate.hypervisor.dirty import DirtyTracker, KernelTracker, SoftwareTrac
 from vmmigrate.hypervisor.embedded import finding, plans, spawn
 from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
 from vmmigrate.hypervisor.embedded.programs import program_problems
-from vmmigrate.hypervisor.embedded.rammap import MappedRam, probe_huge_pages
 from vmmigrate.hypervisor.embedded.remote import EmbeddedGuest
+from vmmigrate.hypervisor.rammap import MappedRam, probe_huge_pages
 
 TrackingChoice = Literal["auto", "kernel", "software"]
 WrapTracker = Callable[[DirtyTracker], DirtyTracker]
 
 REQUEST_DEADLINE_S: Final = 10.0
 START_DEADLINE_S: Final = 30.0
-END_DEADLINE_S: Final = 30.0
 
 
 class EmbeddedHypervisor:
@@ -86,7 +84,9 @@ class EmbeddedHypervisor:
         Raises:
             HypervisorError: `runtime_dir`; `dirty_tracking`: "kernel" was asked for and does not work here.
         """
-        await trio.to_thread.run_sync(spawn.prepare_runtime_dir, runtime_dir)
+        await trio.to_thread.run_sync(
+            processes.prepare_runtime_dir, runtime_dir, "0" * 2 * processes.TOKEN_BYTES + ".sock"
+        )
         if witness_dir is not None:
             await trio.Path(witness_dir).mkdir(parents=True, exist_ok=True)
         reason = "asked for"
@@ -124,7 +124,7 @@ class EmbeddedHypervisor:
 
     async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
         files = self._files(process.socket_path)
-        watch = await trio.to_thread.run_sync(spawn.find, process.pid, process.start_ticks, limiter=self._threads)
+        watch = await trio.to_thread.run_sync(processes.find, process.pid, process.start_ticks, limiter=self._threads)
         if watch is None:
             await trio.to_thread.run_sync(files.remove, limiter=self._threads)
             return None
@@ -168,7 +168,7 @@ class EmbeddedHypervisor:
     def _files(self, socket: Path) -> spawn.GuestFiles:
         return spawn.GuestFiles.in_directory(socket.parent, socket.stem, self._witness_dir)
 
-    def _guest(self, plan: GuestPlan, watch: spawn.ProcessWatch, files: spawn.GuestFiles) -> EmbeddedGuest:
+    def _guest(self, plan: GuestPlan, watch: processes.ProcessWatch, files: spawn.GuestFiles) -> EmbeddedGuest:
         process = GuestProcess(watch.pid, kernel.start_ticks_of(watch.pid) or 0, files.socket)
         return EmbeddedGuest(
             plan=plan,
@@ -231,17 +231,7 @@ def _capabilities(no_kernel_tracking: str, huge_pages: Capability) -> Capabiliti
 
 
 def _end_process(process: GuestProcess, files: spawn.GuestFiles) -> bool:
-    """Kill the very process that *process* names, if it is still there, wait until it is gone, remove its files.
-
-    Raises: HypervisorError `guest_unresponsive`: it does not die.
-    """
-    watch = spawn.find(process.pid, process.start_ticks)
-    if watch is not None:
-        watch.kill()
-        select.select([watch.fd], [], [], END_DEADLINE_S)
-        alive = watch.is_alive()
-        watch.close()
-        if alive:
-            raise HypervisorError(f"process {process.pid} does not end", code="guest_unresponsive")
+    """End it, if it is still there, and remove its files. Raises: HypervisorError `guest_unresponsive`."""
+    was_there = processes.end_process(process)
     files.remove()
-    return watch is not None
+    return was_there

@@ -13,9 +13,9 @@ import structlog
 import trio
 
 from vmmigrate.errors import HypervisorError, VmMigrateError
-from vmmigrate.hypervisor import kernel
+from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import FoundGuest, GuestProcess
-from vmmigrate.hypervisor.embedded import plans, spawn
+from vmmigrate.hypervisor.embedded import plans
 from vmmigrate.hypervisor.embedded.link import GuestLink, close_all
 
 log = structlog.get_logger(__name__)
@@ -41,7 +41,7 @@ async def greet(socket: Path, deadline_s: float) -> FoundGuest | None:
 
 async def silence(process: GuestProcess, epoch: tuple[int, int], record: int, deadline_s: float) -> bool:
     """As `base.Hypervisor.silence`."""
-    watch = spawn.find(process.pid, process.start_ticks)
+    watch = processes.find(process.pid, process.start_ticks)
     if watch is None:
         return False
     link = GuestLink(process.socket_path)

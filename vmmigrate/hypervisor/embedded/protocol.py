@@ -20,7 +20,6 @@ from vmmigrate.errors import HypervisorError, PayloadError, VmMigrateError
 
 VERSIONS: Final = (1,)
 MAX_FRAME_BYTES: Final = 256 << 20
-MAX_SOCKET_PATH_BYTES: Final = 107  # sockaddr_un, less its zero byte
 _PREFIX_BYTES: Final = 4
 
 _ERRORS: dict[str, type[VmMigrateError]] = {"payload": PayloadError, "hypervisor": HypervisorError}

@@ -30,13 +30,13 @@ from vmmigrate.hypervisor.base import (
 from vmmigrate.hypervisor.dirty import DirtyTracker
 from vmmigrate.hypervisor.embedded import plans
 from vmmigrate.hypervisor.embedded.link import GuestLink
-from vmmigrate.hypervisor.embedded.rammap import MappedRam
-from vmmigrate.hypervisor.embedded.spawn import GuestFiles, ProcessWatch
+from vmmigrate.hypervisor.embedded.spawn import GuestFiles
+from vmmigrate.hypervisor.processes import END_DEADLINE_S, ProcessWatch
+from vmmigrate.hypervisor.rammap import MappedRam
 from vmmigrate.memory import GIB, PageBitmap
 
 T = TypeVar("T")
 
-END_DEADLINE_S: Final = 30.0
 _ASK_AGAIN_S: Final = 1.0
 _DYING_S: Final = 1.0  # how long after a cut connection a process may take to be seen dead
 _SELF_CHECK_S_PER_GIB: Final = 60.0
