@@ -212,8 +212,8 @@ class Host:
 
     # -- what it takes to build a guest ----------------------------------------------------------------------------
 
-    def plan(self, document: InstanceDocument) -> GuestPlan:
-        """The plan of a guest. Raises: SpecBuildError, SpecCreatableError."""
+    def plan(self, document: InstanceDocument, like: Mapping[str, str] | None = None) -> GuestPlan:
+        """The plan of a guest; *like*: facts of that at its source. Raises: SpecBuildError, SpecCreatableError."""
         machine = build.build(document.spec, frozenset(self.config.allow.features))
         return guest_plan(
             document.instance_id,
@@ -222,15 +222,16 @@ class Host:
             cpus=document.overrides.get("cpus"),
             program=document.program,
             volumes=self.config.allow.volumes,
+            like=like,
         )
 
-    def check(self, document: InstanceDocument, needed_bytes: int) -> GuestPlan:
+    def check(self, document: InstanceDocument, needed_bytes: int, like: Mapping[str, str] | None = None) -> GuestPlan:
         """The plan of a guest that this host can and may build.
 
         Raises: SpecError: every problem at once.
         """
         check_creatable(build.build(document.spec, frozenset(self.config.allow.features)))
-        plan = self.plan(document)
+        plan = self.plan(document, like)
         problems = self.hypervisor.problems(plan)
         if problems:
             raise SpecBuildError("; ".join(problems), code="program_invalid")
@@ -450,7 +451,7 @@ class Host:
         Raises: SpecError, HypervisorError, OwnershipRefusal; nothing is left.
         """
         document = arriving_document(instance_id, arrival.spec, arrival.properties, arrival.blobs)
-        plan = self.check(document, arrival.needed_bytes)
+        plan = self.check(document, arrival.needed_bytes, arrival.facts)
         if plan.layout != arrival.layout:
             raise SpecBuildError(
                 f"the source's RAM regions are not those of its spec: {arrival.layout.size_bytes} bytes in"

@@ -302,6 +302,7 @@ def _read_arrival(received: m.Preamble, agreed: Agreed, migration: DestinationMi
         run_state=RunState(received.run_state),
         epoch=Epoch(*received.epoch),
         extents=preamble.read_extents(received, layout),
+        facts=dict(received.facts),
     )
 
 

@@ -38,6 +38,7 @@ class Arrival:
     run_state: RunState
     epoch: Epoch
     extents: PageBitmap
+    facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def needed_bytes(self) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,12 @@ import numpy.typing as npt
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.devices.time import Adjustment, TimeData
 from vmmigrate.memory import PageBitmap, RamLayout
+
+if TYPE_CHECKING:  # a guest process starts without what reads specs
+    from vmmigrate.spec.latest import Cpuid
+
+
+PciAddress = tuple[int, int, int]  # bus, device, function
 
 
 class RunState(StrEnum):
@@ -88,6 +94,8 @@ class DiskPlan:
     backend_kind: str  # "crucible", "file" or "blob"
     readonly: bool
     backend: Mapping[str, Any]
+    pci_path: PciAddress = (0, 0, 0)
+    serial: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +103,29 @@ class NicPlan:
     name: str
     backend_name: str
     vnic_name: str
+    pci_path: PciAddress = (0, 0, 0)
+    interface_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BoardPlan:
+    """What a guest sees beside its devices. An adapter that cannot show it says so in `problems`.
+
+    Attributes:
+        boot_order: Disks by name, the first one first.
+        smbios: Fields of the table of type 1: manufacturer, product_name, serial_number, version.
+        cpuid: None: the adapter's own default.
+        pvpanic_isa: None: there is no such device.
+        bridges: PCI bridges by name, with the bus behind each.
+    """
+
+    enable_pcie: bool = False
+    hv_interface: str = "bhyve"
+    boot_order: Sequence[str] = ()
+    smbios: Mapping[str, str] | None = None
+    cpuid: Cpuid | None = None
+    pvpanic_isa: bool | None = None
+    bridges: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +150,8 @@ class GuestPlan:
     injector: InjectorPlan | None = None
     program: Mapping[str, Any] = field(default_factory=lambda: {"name": "idle"})
     unmigratable: Sequence[str] = ()  # devices that no payload can carry; they keep the guest on its host
+    board: BoardPlan = BoardPlan()
+    like: Mapping[str, str] = field(default_factory=dict)  # facts of the guest at the source, of one that arrives
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,8 +119,17 @@ def take_written(pagemap: int, address: int, size_bytes: int) -> Runs:
     return np.concatenate(found)
 
 
-def _scan_argument(start: int, end: int, vector: npt.NDArray[np.uint64]) -> bytes:
-    flags = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
+def check_tracked(pagemap: int, address: int, size_bytes: int) -> None:
+    """Whether writes leave marks; changes none. Raises: OSError: EPERM: they do not."""
+    vector = np.empty((1, 3), dtype=np.uint64)
+    argument = bytearray(_scan_argument(address, address + size_bytes, vector, flags=_PM_SCAN_CHECK_WPASYNC))
+    fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
+
+
+_TAKING = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
+
+
+def _scan_argument(start: int, end: int, vector: npt.NDArray[np.uint64], flags: int = _TAKING) -> bytes:
     masks = (0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)  # inverted, all of, any of, return
     return _SCAN_ARGUMENT.pack(_SCAN_ARGUMENT.size, flags, start, end, 0, vector.ctypes.data, len(vector), 0, *masks)
 
