@@ -82,3 +82,11 @@ def test_versions_are_compared_as_numbers_and_a_bound_names_all_below_it(
     version: str, bounds: str, within: bool
 ) -> None:
     assert is_within(version, bounds) is within
+
+
+def test_facts_that_only_some_hypervisors_tell_are_compared_when_one_side_tells_them() -> None:
+    guest = {"hypervisor": "q", "machine_type": "m", "cpu_model": "c", "device_tree": "d"}
+
+    assert guest_differences(guest, guest) == []
+    differing = guest_differences({**guest, "ram_blocks": "a:1"}, guest)
+    assert [(x.fact, x.source, x.destination) for x in differing] == [("ram_blocks", "a:1", "not told")]

@@ -17,12 +17,13 @@ import trio
 from tools.faults.site import end_guests
 from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.daemon.config import Config, read_config
-from vmmigrate.daemon.server import guest_deadlines, run_daemon
+from vmmigrate.daemon.server import guest_deadlines, qemu_settings, run_daemon
 from vmmigrate.engine.abilities import of_this_release
 from vmmigrate.errors import JournalError, VmMigrateError
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
 from vmmigrate.hypervisor.embedded.witness import Verdict, check_single_owner, read_witnesses
+from vmmigrate.hypervisor.qemu.adapter import QemuHypervisor
 from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.threads import open_group
@@ -40,18 +41,32 @@ class ObservedHypervisor(EmbeddedHypervisor):
     seen: dict[str, Guest]
 
     async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
-        guest = await super().build(plan, stamp, for_migration=for_migration)
-        self._note(guest)
-        return guest
+        return self._noted(await super().build(plan, stamp, for_migration=for_migration))
 
     async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
         guest = await super().adopt(stamp, plan, process)
-        if guest is not None:
-            self._note(guest)
+        return None if guest is None else self._noted(guest)
+
+    def _noted(self, guest: Guest) -> Guest:
+        self.__dict__.setdefault("seen", {})[guest.plan.instance_id] = guest
         return guest
 
-    def _note(self, guest: Guest) -> None:
+
+class ObservedQemu(QemuHypervisor):
+    """The same of the QEMU adapter."""
+
+    seen: dict[str, Guest]
+
+    async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
+        return self._noted(await super().build(plan, stamp, for_migration=for_migration))
+
+    async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
+        guest = await super().adopt(stamp, plan, process)
+        return None if guest is None else self._noted(guest)
+
+    def _noted(self, guest: Guest) -> Guest:
         self.__dict__.setdefault("seen", {})[guest.plan.instance_id] = guest
+        return guest
 
 
 @dataclass
@@ -66,7 +81,7 @@ class RunningHost:
     scope: trio.CancelScope
     stopped: trio.Event
     failures: list[JournalError]
-    hypervisor: ObservedHypervisor
+    hypervisor: ObservedHypervisor | ObservedQemu
     hangups: trio.MemorySendChannel[None]
 
     async def instance(self, instance_id: str) -> dict[str, Any]:
@@ -117,6 +132,7 @@ class Fleet:
         tls: str = "",
         api_port: int = 0,
         hypervisor_class: type[ObservedHypervisor] = ObservedHypervisor,
+        qemu: str | None = None,
         fsync: Callable[[int], None] = os.fsync,
         compat: str = "",
         abilities: Callable[[Abilities], Abilities] | None = None,
@@ -125,14 +141,20 @@ class Fleet:
         """Start (or restart) the daemon of host *name*.
 
         Args:
+            qemu: Run guests in QEMU; what stands in the section `[qemu]`.
             compat: What stands in the section `[compat]` of its configuration.
             abilities: What the host can do instead of all that this release can: for peers of other releases.
         """
         directory = self.root / name
-        config = read_config(_write_config(self.root, directory, name, allow, limits, tls, api_port, compat))
-        hypervisor = await hypervisor_class.open(
-            config.directories.runtime, witness_dir=self.root / "witness", **{**guest_deadlines(config), **options}
-        )
+        config = read_config(_write_config(self.root, directory, name, allow, limits, tls, api_port, compat, qemu))
+        options = {**guest_deadlines(config), **options}
+        hypervisor: ObservedHypervisor | ObservedQemu
+        if qemu is None:
+            hypervisor = await hypervisor_class.open(
+                config.directories.runtime, witness_dir=self.root / "witness", **options
+            )
+        else:
+            hypervisor = await ObservedQemu.open(config.directories.runtime, qemu_settings(config), **options)
         scope, stopped, failures = trio.CancelScope(), trio.Event(), list[JournalError]()
         hangups, reloads = trio.open_memory_channel[None](0)
         able = abilities(of_this_release(hypervisor.capabilities)) if abilities else None
@@ -197,12 +219,21 @@ def crucible_backend(generation: int, target: str = "127.0.0.1:3810") -> dict[st
 
 
 def _write_config(
-    root: Path, directory: Path, name: str, allow: str, limits: str, tls: str, api_port: int, compat: str
+    root: Path,
+    directory: Path,
+    name: str,
+    allow: str,
+    limits: str,
+    tls: str,
+    api_port: int,
+    compat: str,
+    qemu: str | None,
 ) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / "daemon.toml"
     path.write_text(
         f"""
+hypervisor = "{"embedded" if qemu is None else "qemu"}"
 [listen]
 api = "127.0.0.1:{api_port}"
 migration = "127.0.0.1:0"
@@ -224,6 +255,8 @@ features = ["failure-injection"]
 {limits}
 [compat]
 {compat}
+[qemu]
+{qemu or ""}
 """
     )
     return path

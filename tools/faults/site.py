@@ -128,12 +128,13 @@ def port_of(config: Path, interface: str) -> int:
 
 
 def guest_pids(root: Path) -> list[int]:
-    """Every process that maps a file under *root*: guests map their witness there."""
+    """Every guest process under *root*: embedded ones map their witness there, a QEMU has its pid file there."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
-                if str(root) in (entry / "maps").read_text():
+                has_pid_file = f"\0-pidfile\0{root}/" in (entry / "cmdline").read_text(errors="replace")
+                if has_pid_file or str(root) in (entry / "maps").read_text():
                     found.append(int(entry.name))
     return found
 

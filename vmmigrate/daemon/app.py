@@ -40,6 +40,7 @@ from vmmigrate.errors import (
     UsageError,
     VmMigrateError,
 )
+from vmmigrate.hypervisor.base import Guest
 from vmmigrate.net.https import identity_of_scope
 from vmmigrate.net.identity import Call, Identity, Role, check_allowed
 from vmmigrate.ownership.rules import OwnershipRefusal
@@ -231,8 +232,18 @@ def _add_consoles(app: FastAPI, host: Host) -> None:
             "pages_checked": check.pages_checked,
             "first_bad_page": check.first_bad_page,
             "reason": check.reason,
-            "heartbeat": dict(await guest.heartbeat_gaps()),
+            "heartbeat": await _gaps(guest),
         }
+
+
+async def _gaps(guest: Guest) -> dict[str, Any] | None:
+    """None for a guest that keeps no count of them. Raises: HypervisorError."""
+    try:
+        return dict(await guest.heartbeat_gaps())
+    except HypervisorError as error:
+        if error.code != "not_supported":
+            raise
+        return None
 
 
 def _add_migrations(app: FastAPI, host: Host, migrations: Migrations) -> None:

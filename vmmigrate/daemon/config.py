@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from vmmigrate.devices import opaque, registry
 from vmmigrate.engine.limits import ROWS, Deadlines, read_deadlines
 from vmmigrate.errors import UsageError
+from vmmigrate.hypervisor.qemu.machine import nbd_node
 from vmmigrate.net.tls import TlsFiles
 from vmmigrate.spec import chain
 
@@ -180,6 +181,32 @@ class Bulk(_Section):
     )
 
 
+def _nbd(value: str) -> str:
+    nbd_node(value)  # raises ValueError
+    return value
+
+
+class Qemu(_Section):
+    """How this host runs QEMU; used when `hypervisor = "qemu"`.
+
+    Attributes:
+        binary: A name or a path.
+        accelerator: "kvm" needs a /dev/kvm that works.
+        cpu_model: Of guests whose spec says nothing about CPUID.
+        network: "tap": NICs are tap interfaces of the host, by the name in the spec; "user": QEMU's own, behind an
+            address translation, for tests and demonstrations.
+        tracker: Whether guests get the library without which they cannot be moved away.
+        regions: NBD addresses by the id of the Crucible volume that is served there.
+    """
+
+    binary: Annotated[str, Field(min_length=1)] = "qemu-system-x86_64"
+    accelerator: Literal["tcg", "kvm"] = "tcg"
+    cpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "qemu64"
+    network: Literal["tap", "user"] = "tap"
+    tracker: bool = True
+    regions: dict[str, Annotated[str, AfterValidator(_nbd)]] = Field(default_factory=dict)
+
+
 SpecVersion = Annotated[str, AfterValidator(_known_spec_version)]
 
 
@@ -198,7 +225,11 @@ class Compat(_Section):
 
 
 class Config(_Section):
-    """Everything a daemon needs to start. Relative paths are relative to the file."""
+    """Everything a daemon needs to start. Relative paths are relative to the file.
+
+    Attributes:
+        hypervisor: What runs the guests of this host; it stays what it is for as long as there are any.
+    """
 
     listen: Listen = Listen()
     tls: Tls
@@ -208,6 +239,8 @@ class Config(_Section):
     journal: JournalLimits = JournalLimits()
     bulk: Bulk = Bulk()
     compat: Compat = Compat()
+    hypervisor: Literal["embedded", "qemu"] = "embedded"
+    qemu: Qemu = Qemu()
 
     def tls_files(self) -> TlsFiles:
         return TlsFiles(self.tls.ca, self.tls.certificate, self.tls.key, self.tls.crl)

@@ -27,6 +27,8 @@ from vmmigrate.errors import JournalError, UsageError, VmMigrateError
 from vmmigrate.hypervisor.base import Hypervisor
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
 from vmmigrate.hypervisor.kernel import give_large_blocks_back
+from vmmigrate.hypervisor.qemu.adapter import QemuHypervisor
+from vmmigrate.hypervisor.qemu.settings import QemuSettings
 from vmmigrate.net.door import BulkDoor, DoorLimits
 from vmmigrate.net.https import HttpsLimits, serve_https
 from vmmigrate.net.identity import Call, Role
@@ -84,9 +86,7 @@ async def run_daemon(
     journal, documents = await trio.to_thread.run_sync(_open_state, config.directories.state, fsync)
     host: Host | None = None
     try:
-        hypervisor = hypervisor or await EmbeddedHypervisor.open(
-            config.directories.runtime, witness_dir=config.directories.witness, **guest_deadlines(config)
-        )
+        hypervisor = hypervisor or await open_hypervisor(config)
         async with open_group() as nursery:
             host = Host(config, identity, journal, documents, hypervisor, nursery)
             nursery.start_soon(_stop_on_failure, host)
@@ -102,8 +102,31 @@ async def run_daemon(
         journal.close()
 
 
+async def open_hypervisor(config: Config) -> Hypervisor:
+    """The adapter that the configuration names. Raises: HypervisorError."""
+    if config.hypervisor == "embedded":
+        return await EmbeddedHypervisor.open(
+            config.directories.runtime, witness_dir=config.directories.witness, **guest_deadlines(config)
+        )
+    return await QemuHypervisor.open(config.directories.runtime, qemu_settings(config), **guest_deadlines(config))
+
+
+def qemu_settings(config: Config) -> QemuSettings:
+    """What the adapter takes of the configuration."""
+    chosen = config.qemu
+    return QemuSettings(
+        binary=chosen.binary,
+        accelerator=chosen.accelerator,
+        cpu_model=chosen.cpu_model,
+        network=chosen.network,
+        regions=chosen.regions,
+        kernels=[path.resolve() for path in config.allow.paths],
+        use_tracker=chosen.tracker,
+    )
+
+
 def guest_deadlines(config: Config) -> dict[str, Any]:
-    """How long guests may keep their daemon waiting, as `EmbeddedHypervisor.open` takes it."""
+    """How long guests may keep their daemon waiting, as adapters take it."""
     deadlines = config.limits.deadlines
     return {"request_deadline_s": deadlines.guest_request_s, "start_deadline_s": deadlines.guest_start_s}
 

@@ -7,7 +7,8 @@ says in its Preamble what it is. Both are compared before RAM moves, and everyth
 
 Facts of a host: `hypervisor`, `hypervisor_version`, `loads_versions` ("8.0..9.2", both ends included), `machine_types`
 and `cpu_models` (words). Facts of a guest: `hypervisor`, `hypervisor_version`, `machine_type`, `cpu_model`,
-`device_tree` (a digest). A fact that one side does not tell is a difference, never a match.
+`device_tree` (a digest); and, where its hypervisor has such, `cpu_features` (a digest) and `ram_blocks` (names and
+sizes). A fact that one side does not tell is a difference, never a match.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ Facts = Mapping[str, str]
 
 _UNTOLD = "not told"
 _SAME_IN_BOTH_GUESTS = ("hypervisor", "machine_type", "cpu_model", "device_tree")
+_SAME_IF_TOLD = ("cpu_features", "ram_blocks")
 _ONE_OF_THE_HOSTS = {"machine_type": "machine_types", "cpu_model": "cpu_models"}
 
 
@@ -47,9 +49,10 @@ def host_differences(guest: Facts, host: Facts) -> list[Difference]:
 
 def guest_differences(source: Facts, destination: Facts) -> list[Difference]:
     """In what the guest that was built is another one than the guest at the source."""
+    told = [fact for fact in _SAME_IF_TOLD if source.get(fact) or destination.get(fact)]
     return [
         _difference(fact, source, destination)
-        for fact in _SAME_IN_BOTH_GUESTS
+        for fact in (*_SAME_IN_BOTH_GUESTS, *told)
         if not source.get(fact) or source.get(fact) != destination.get(fact)
     ]
 

@@ -33,11 +33,15 @@ class Lab:
         open_host: The adapter of a host by name; asked again for the same name, it answers as a restarted daemon would.
         plan: A guest with a program that writes memory, a serial port, and a disk that both hosts could open.
         exact_marks: Every write of the program changes its page, so that marks and changes must be equal.
+        loaded_pages: How many pages a machine may put into RAM before it runs, of a program that is not on a disk.
+        shows_state: The state of a guest under construction can be looked at, and a paused one checks itself.
     """
 
     open_host: Callable[[str], Awaitable[Hypervisor]]
     plan: GuestPlan
     exact_marks: bool = True
+    loaded_pages: int = 0
+    shows_state: bool = True
     guests: list[Guest] = field(default_factory=list)
 
     def stamp(self, host: str, epoch: tuple[int, int] = (1, 1)) -> GuestStamp:
@@ -77,7 +81,9 @@ async def a_built_guest_is_paused_and_its_ram_untouched(lab: Lab) -> None:
     assert status.run_state is RunState.PAUSED
     assert status.heartbeats == 0
     assert status.stamp == lab.stamp("a")
-    assert guest.ram.populated().is_empty()
+    assert guest.ram.populated().count() <= lab.loaded_pages
+    arriving = await lab.build("b", for_migration=True)
+    assert arriving.ram.populated().is_empty()
 
 
 async def a_guest_runs_pauses_and_runs_again(lab: Lab) -> None:
@@ -208,15 +214,19 @@ async def a_faulty_device_list_is_refused_whole_and_a_good_one_taken_after_it(la
     good = list(await source.export_devices({}))
     destination = await lab.build("b", epoch=(1, 2), for_migration=True)
     copy_ram(source, destination)
-    before = await destination.export_devices({})
+    before = await destination.export_devices({}) if lab.shows_state else ()
 
     for faulty, code in _faulty_lists(good):
         await expect_error(code, destination.import_devices(faulty))
-        assert await destination.export_devices({}) == before, "part of a refused list was applied"
+        if lab.shows_state:
+            assert await destination.export_devices({}) == before, "part of a refused list was applied"
 
     await expect_error("not_imported", destination.run((1, 2)))
     stranger = DevicePayload("nobody", "no-such-kind", 1, b"", optional=True)
     assert await destination.import_devices([*good, stranger]) == (("nobody", "no-such-kind"),)
+    if not lab.shows_state:
+        await source.destroy()
+        await destination.run((1, 2))
     assert (await destination.self_check()).consistent
 
 
@@ -255,7 +265,10 @@ async def a_pause_for_handoff_holds_without_its_daemon_and_lets_go_of_the_disks(
 
 async def backends_are_open_on_one_host_at_a_time(lab: Lab) -> None:
     source = await _running(lab)
+    await source.pause_for_handoff(_MIGRATION)
     other = await lab.build("b", epoch=(1, 2), for_migration=True)
+    await move(source, other)
+    await source.run((1, 1))
 
     await expect_error("backend_busy", other.open_backends((1, 2)))
     assert not (await other.status()).backends_open
@@ -315,6 +328,7 @@ async def a_process_that_is_gone_is_not_adopted(lab: Lab) -> None:
 
 async def a_process_that_is_another_guest_is_not_adopted(lab: Lab) -> None:
     guest = await lab.build()
+    guest.detach()
 
     await expect_error("wrong_guest", lab.adopt(guest, instance_id="another"))
 
@@ -379,6 +393,7 @@ async def a_rehearsed_export_disturbs_nothing(lab: Lab) -> None:
     exported = await guest.export_devices({})
     assert size_bytes > 0
     assert exported
+    await guest.run((1, 1))
     assert (await guest.self_check()).consistent
 
 

@@ -1,0 +1,106 @@
+"""Hosts with the QEMU adapter, and the guests that tests run there. What is missing is a visible skip."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmmigrate.errors import HypervisorError
+from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestStamp, NicPlan, SerialPortPlan
+from vmmigrate.hypervisor.qemu.adapter import QemuHypervisor
+from vmmigrate.hypervisor.qemu.guest import QemuGuest
+from vmmigrate.hypervisor.qemu.settings import QemuSettings
+from vmmigrate.hypervisor.qemu.stress import VITALS_GPA, build_stress_guest, stress_append
+from vmmigrate.memory import MIB, RamLayout
+
+INSTANCE = "5f1b5b5e-5d3c-4f0e-9b6d-000000000001"
+RAM_MIB = 32
+
+requires_qemu = [
+    pytest.mark.required,
+    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no C compiler for the tracker and the guest"),
+]
+
+
+@functools.cache
+def stress_kernel() -> Path:
+    """The stress guest, built once for all tests of a run."""
+    return build_stress_guest(Path(tempfile.mkdtemp(prefix="vmm-stress-")))
+
+
+def stress_program(*, mem_mib: int = RAM_MIB - 4, ws_mib: int = 4, rate: int = 4, disk: bool = False) -> dict[str, Any]:
+    return {
+        "name": "kernel",
+        "kernel": str(stress_kernel()),
+        "append": stress_append(mem_mib=mem_mib, ws_mib=ws_mib, rate=rate, disk=disk),
+        "vitals_gpa": VITALS_GPA,
+    }
+
+
+def plan_of(program: dict[str, Any] | None = None, *, ram_mib: int = RAM_MIB, **fields: Any) -> GuestPlan:
+    ports = (SerialPortPlan("console", "com1"),)
+    layout = RamLayout.for_size(ram_mib * MIB)
+    chosen = {"serial_ports": ports, **fields}
+    return GuestPlan(INSTANCE, layout, 1, program=program or stress_program(), **chosen)
+
+
+def plan_with_devices(root: Path, *, program: dict[str, Any] | None = None) -> GuestPlan:
+    volume = root / "volume"
+    volume.write_bytes(bytes(16 * MIB))
+    return plan_of(
+        program or stress_program(disk=True),
+        serial_ports=(SerialPortPlan("console", "com1"), SerialPortPlan("aux", "com2")),
+        disks=(
+            DiskPlan("disk-0", "virtio", "disk-0-backend", "file", False, {"path": str(volume)}, (0, 4, 0)),
+            DiskPlan("disk-1", "virtio", "disk-1-backend", "blob", False, {"contents": b"blob" * 2048}, (0, 5, 0)),
+        ),
+        nics=(NicPlan("nic-0", "nic-0-backend", "vnic0", (0, 8, 0), "c5f8b8a0-0000-4000-8000-000000000001"),),
+    )
+
+
+class QemuHosts:
+    """Adapters by host name, under one short temporary directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.guests: list[QemuGuest] = []
+        self.settings = QemuSettings(network="user", kernels=[stress_kernel().parent])
+
+    async def open(self, name: str = "a", *, settings: dict[str, Any] | None = None, **options: Any) -> QemuHypervisor:
+        return await QemuHypervisor.open(self.root / name, replace(self.settings, **(settings or {})), **options)
+
+    async def build(
+        self,
+        plan: GuestPlan,
+        host: str = "a",
+        *,
+        epoch: tuple[int, int] = (1, 1),
+        for_migration: bool = False,
+        **options: Any,
+    ) -> QemuGuest:
+        hypervisor = await self.open(host, **options)
+        if problems := hypervisor.problems(plan):
+            raise HypervisorError("; ".join(problems))
+        stamp = GuestStamp(plan.instance_id, host, epoch, "migration-under-test" if for_migration else None)
+        guest = await hypervisor.build(plan, stamp, for_migration=for_migration)
+        assert isinstance(guest, QemuGuest)
+        self.guests.append(guest)
+        return guest
+
+    async def close(self) -> None:
+        for guest in self.guests:
+            await guest.destroy()
+
+
+def short_directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="vmm-"))
+    yield path
+    shutil.rmtree(path)

@@ -1,0 +1,356 @@
+"""The QEMU adapter: builds guests in stock QEMU and finds them again.
+
+A build that fails or is cancelled leaves nothing: no process, descriptor or file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Final, Self
+
+import structlog
+import trio
+
+from vmmigrate.errors import HypervisorError, VmMigrateError
+from vmmigrate.hypervisor import kernel, processes
+from vmmigrate.hypervisor.base import (
+    Capabilities,
+    Capability,
+    FoundGuest,
+    Guest,
+    GuestPlan,
+    GuestProcess,
+    GuestStamp,
+)
+from vmmigrate.hypervisor.dirty import DirtyTracker, probe_kernel_tracking
+from vmmigrate.hypervisor.qemu import inspecting, launch, machine, payloads, tracker
+from vmmigrate.hypervisor.qemu.files import QemuFiles
+from vmmigrate.hypervisor.qemu.guest import QemuGuest, can_be_saved
+from vmmigrate.hypervisor.qemu.qmp import Qmp
+from vmmigrate.hypervisor.qemu.remembered import Remembered
+from vmmigrate.hypervisor.qemu.settings import OLDEST_VERSION, QemuFacts, QemuSettings
+from vmmigrate.hypervisor.rammap import MappedRam
+from vmmigrate.memory import MIB, RamLayout
+
+log = structlog.get_logger(__name__)
+
+REQUEST_DEADLINE_S: Final = 10.0
+START_DEADLINE_S: Final = 30.0
+_LONGEST_SOCKET: Final = f"{processes.ANY_TOKEN}/qmp"
+WrapTracker = Callable[[DirtyTracker], DirtyTracker]
+
+
+class QemuHypervisor:
+    """Implements `base.Hypervisor`. Made by `open`.
+
+    Attributes:
+        runtime_dir: A directory for each guest; mode 0700.
+        wrap_tracker: A fault to inject: what it returns is asked for dirty pages instead of the real tracker.
+    """
+
+    def __init__(
+        self,
+        runtime_dir: Path,
+        settings: QemuSettings,
+        facts: QemuFacts,
+        no_tracking: str,
+        *,
+        wrap_tracker: WrapTracker | None = None,
+        request_deadline_s: float = REQUEST_DEADLINE_S,
+        start_deadline_s: float = START_DEADLINE_S,
+    ) -> None:
+        self.runtime_dir = runtime_dir
+        self.settings = settings
+        self.facts = facts
+        self.capabilities = _capabilities(facts, no_tracking)
+        self.wrap_tracker = wrap_tracker
+        self._no_tracking = no_tracking
+        self._request_deadline_s = request_deadline_s
+        self._start_deadline_s = start_deadline_s
+        self._threads = trio.CapacityLimiter(4)
+
+    @classmethod
+    async def open(cls, runtime_dir: Path, settings: QemuSettings | None = None, **options: Any) -> Self:
+        """Prepare *runtime_dir* and ask the QEMU of this host what it can do.
+
+        Args:
+            options: `wrap_tracker`, `request_deadline_s`, `start_deadline_s`.
+
+        Raises:
+            HypervisorError: `runtime_dir`, `qemu_missing`, `qemu_too_old`; `accelerator`: QEMU does not start with it.
+        """
+        settings = settings or QemuSettings()
+        await trio.to_thread.run_sync(processes.prepare_runtime_dir, runtime_dir, _LONGEST_SOCKET)
+        facts = await _ask_facts(runtime_dir, settings, options.get("start_deadline_s", START_DEADLINE_S))
+        if facts.version[:2] < OLDEST_VERSION or not facts.machine_types:
+            oldest = ".".join(map(str, OLDEST_VERSION))
+            text = f"{settings.binary} is QEMU {facts.version_text}, needed is {oldest} or later"
+            raise HypervisorError(text, code="qemu_too_old")
+        no_tracking = await trio.to_thread.run_sync(_why_no_tracking, settings)
+        if no_tracking:
+            log.warning("qemu.no_tracker", why=no_tracking, text="guests of this host run, and cannot be moved away")
+        return cls(runtime_dir, settings, facts, no_tracking, **options)
+
+    def problems(self, plan: GuestPlan) -> list[str]:
+        return machine.problems(plan, self.settings, self.facts)
+
+    async def build(self, plan: GuestPlan, stamp: GuestStamp, *, for_migration: bool) -> Guest:
+        if plan.instance_id != stamp.instance_id:
+            text = f"the plan is for instance {plan.instance_id}, the stamp for {stamp.instance_id}"
+            raise HypervisorError(text, code="wrong_guest")
+        memory = Remembered(stamp, stamp.epoch, is_arriving=for_migration, booted_ns=time.monotonic_ns())
+
+        def arguments(files: QemuFiles) -> list[str]:
+            return machine.arguments(
+                plan, self.settings, self.facts, files, stamp=memory.to_text(), for_migration=for_migration
+            )
+
+        library = None if self._no_tracking else tracker.library()
+        launched = await trio.to_thread.run_sync(
+            launch.launch, self.runtime_dir, plan, arguments, library, limiter=self._threads
+        )
+        guest = self._guest(plan, launched.watch, launched.files, launched.ram_fd)
+        try:
+            with self._in_time(plan.instance_id):
+                await self._attach(guest, launched.ram_fd, writable=for_migration, adopted=False)
+                await guest.begin(memory, keeps_images=not can_be_saved(plan))
+        except BaseException:
+            await guest.destroy()
+            raise
+        return guest
+
+    async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
+        files = QemuFiles(process.socket_path.parent)
+        watch = await trio.to_thread.run_sync(processes.find, process.pid, process.start_ticks, limiter=self._threads)
+        if watch is None:
+            await trio.to_thread.run_sync(files.remove, limiter=self._threads)
+            return None
+        try:
+            ram_fd = os.open(f"/proc/{process.pid}/fd/{machine.RAM_FD}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as exc:
+            alive = watch.is_alive()
+            watch.close()
+            code = "ram_map" if alive else "guest_lost"
+            raise HypervisorError(f"cannot reach the RAM of process {process.pid}: {exc}", code=code) from exc
+        guest = self._guest(plan, watch, files, ram_fd)
+        try:
+            with self._in_time(plan.instance_id):
+                await self._attach(guest, ram_fd, writable=False, adopted=True)
+                found = (await guest.recall()).stamp
+            if (found.instance_id, found.host_id) != (stamp.instance_id, stamp.host_id):
+                text = f"process {process.pid} is instance {found.instance_id} of host {found.host_id}"
+                raise HypervisorError(f"{text}, not {stamp.instance_id} of {stamp.host_id}", code="wrong_guest")
+        except BaseException:
+            guest.detach()
+            raise
+        return guest
+
+    async def find_others(self, known: Collection[Path]) -> Sequence[FoundGuest]:
+        found: list[FoundGuest] = []
+
+        async def look_at(monitor: Path) -> None:
+            guest = await trio.to_thread.run_sync(self._unknown, monitor, limiter=self._threads)
+            if guest is None:
+                return
+            try:
+                found.append(FoundGuest(guest.process, await guest.status()))
+            except VmMigrateError as exc:
+                log.error("guest.unidentified", socket=str(monitor), code=exc.code, why=exc.text)
+            finally:
+                guest.detach()
+
+        async with trio.open_nursery() as nursery:
+            for monitor in sorted(self.runtime_dir.glob("*/qmp")):
+                if monitor not in known:
+                    nursery.start_soon(look_at, monitor)
+        return found
+
+    def _unknown(self, monitor: Path) -> QemuGuest | None:
+        """A guest of which only the directory is known; what a dead one left behind is removed. Blocking."""
+        files = QemuFiles(monitor.parent)
+        pid = _pid_in(files.pid)
+        started = None if pid is None else kernel.start_ticks_of(pid)
+        watch = None if pid is None or started is None else processes.find(pid, started)
+        if watch is None or not _is_qemu_of(watch.pid, files):
+            if watch is not None:
+                watch.close()
+            files.remove()
+            return None
+        return self._guest(_NO_PLAN, watch, files, None)
+
+    async def silence(self, process: GuestProcess, epoch: tuple[int, int], record: int) -> bool:
+        watch = await trio.to_thread.run_sync(processes.find, process.pid, process.start_ticks, limiter=self._threads)
+        if watch is None:
+            return False
+        guest = self._guest(_NO_PLAN, watch, QemuFiles(process.socket_path.parent), None)
+        try:
+            await guest.silence(epoch, record)
+            return True
+        except HypervisorError as exc:
+            if exc.code == "guest_lost":
+                return False
+            raise HypervisorError(f"process {process.pid} cannot be paused: {exc}", code="guest_unresponsive") from exc
+        finally:
+            guest.detach()
+
+    async def end_leftover(self, process: GuestProcess) -> bool:
+        was_there = await trio.to_thread.run_sync(processes.end_process, process, limiter=self._threads)
+        files = QemuFiles(process.socket_path.parent)
+        if files.directory.parent == self.runtime_dir:
+            await trio.to_thread.run_sync(files.remove, limiter=self._threads)
+        return was_there
+
+    def _guest(self, plan: GuestPlan, watch: processes.ProcessWatch, files: QemuFiles, ram_fd: int | None) -> QemuGuest:
+        return QemuGuest(
+            plan=plan,
+            process=GuestProcess(watch.pid, kernel.start_ticks_of(watch.pid) or 0, files.monitor),
+            watch=watch,
+            files=files,
+            ram_identity=tracker.RamIdentity(0, 0) if ram_fd is None else tracker.RamIdentity.of(ram_fd),
+            locked=machine.locked_files(plan, self.settings, files),
+            request_deadline_s=self._request_deadline_s,
+        )
+
+    async def _attach(self, guest: QemuGuest, ram_fd: int, *, writable: bool, adopted: bool) -> None:
+        """Map RAM, wait until QEMU answers, see what machine it made, and begin to watch what it writes.
+
+        Raises: HypervisorError: also `guest_start`: QEMU ended, with its reason.
+        """
+        layout = guest.plan.layout
+        ram = await guest.in_thread(_mapped, ram_fd, layout, writable)
+        guest.attach_ram(ram, tracker.NoTracker("QEMU has not started"), tracks=False)
+        try:
+            facts = await inspecting.guest_facts(guest.ask, guest.plan, self.settings, self.facts)
+        except HypervisorError as exc:
+            if exc.code == "guest_lost" and not adopted:
+                raise HypervisorError(
+                    f"QEMU did not start: {guest.last_words() or exc.text}", code="guest_start"
+                ) from exc
+            raise
+        digest = await guest.in_thread(inspecting.kernel_digest, guest.plan)
+        guest.learn({**facts, "device_tree": f"{facts['device_tree']}-{digest[:16]}"})
+        marks = await guest.in_thread(self._tracker, guest, layout)
+        if isinstance(marks, tracker.NoTracker):
+            guest.no_moving = marks.reason
+        guest.attach_ram(ram, self.wrap_tracker(marks) if self.wrap_tracker else marks, tracks=adopted)
+
+    def _tracker(self, guest: QemuGuest, layout: RamLayout) -> DirtyTracker:
+        if self._no_tracking:
+            return tracker.NoTracker(self._no_tracking)
+        try:
+            return tracker.QemuTracker(guest.process.pid, guest.ram_identity, layout.pages)
+        except HypervisorError as exc:
+            return tracker.NoTracker(exc.text)
+        except OSError as exc:
+            raise HypervisorError(f"process {guest.process.pid}: {exc}", code="guest_lost") from exc
+
+    @contextlib.contextmanager
+    def _in_time(self, name: str) -> Any:
+        with trio.move_on_after(self._start_deadline_s) as limit:
+            yield
+        if limit.cancelled_caught:
+            text = f"guest {name} did not answer within {self._start_deadline_s:g} s"
+            raise HypervisorError(text, code="guest_unresponsive")
+
+
+_NO_PLAN: Final = GuestPlan("unknown", RamLayout.for_size(MIB), 1)
+
+
+def _mapped(ram_fd: int, layout: RamLayout, writable: bool) -> MappedRam:
+    try:
+        return MappedRam(ram_fd, layout, writable=writable)
+    except BaseException as exc:
+        os.close(ram_fd)
+        if isinstance(exc, (OSError, ValueError, HypervisorError)):
+            raise HypervisorError(f"cannot map guest RAM: {exc}", code="ram_map") from exc
+        raise
+
+
+async def _ask_facts(runtime_dir: Path, settings: QemuSettings, deadline_s: float) -> QemuFacts:
+    """Start a QEMU without a machine, and ask it."""
+    files = QemuFiles(runtime_dir / f"probe-{secrets.token_hex(processes.TOKEN_BYTES)[:2]}")
+    arguments = [
+        settings.binary,
+        *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S"),
+        *("-accel", settings.accelerator, "-chardev", f"socket,id=monitor,fd={machine.MONITOR_FD},server=on,wait=off"),
+        *("-mon", "chardev=monitor,mode=control"),
+    ]
+
+    def started() -> processes.ProcessWatch:
+        shutil.rmtree(files.directory, ignore_errors=True)
+        files.directory.mkdir(mode=0o700)
+        try:
+            return launch.start(arguments, files)
+        except OSError as exc:
+            raise HypervisorError(f"cannot start {settings.binary}: {exc}", code="guest_start") from exc
+
+    watch = None
+    try:
+        watch = await trio.to_thread.run_sync(started)
+        with contextlib.closing(Qmp(files.monitor)) as qmp, trio.fail_after(deadline_s):
+            return await inspecting.abilities(qmp.execute)
+    except (OSError, EOFError, trio.TooSlowError) as exc:
+        words = files.last_words() or str(exc) or type(exc).__name__
+        text = f"{settings.binary} does not start with accelerator {settings.accelerator}: {words}"
+        raise HypervisorError(text, code="accelerator") from exc
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(_end_probe, watch, files)
+
+
+def _end_probe(watch: processes.ProcessWatch | None, files: QemuFiles) -> None:
+    if watch is not None:
+        watch.kill()
+        watch.reap()
+        watch.close()
+    files.remove()
+
+
+def _why_no_tracking(settings: QemuSettings) -> str:
+    """Empty when guests can be tracked."""
+    if not settings.use_tracker:
+        return "this host's configuration does without it"
+    if tracker.library() is None:
+        return "the tracker library was not built: there was no C compiler when vmmigrate was installed"
+    return probe_kernel_tracking()
+
+
+def _capabilities(facts: QemuFacts, no_tracking: str) -> Capabilities:
+    major, minor, _ = facts.version
+    return Capabilities(
+        hypervisor="qemu",
+        version=facts.version_text,
+        dirty_tracking="none" if no_tracking else "kernel",
+        dirty_tracking_reason=no_tracking or "userfaultfd write-protect in QEMU (tracker library), and PAGEMAP_SCAN",
+        huge_pages=Capability(False, "QEMU maps guest RAM in small pages here"),
+        throttle=Capability(False, "QEMU holds processors back only in its own migration"),
+        facts={
+            "hypervisor": "qemu",
+            "hypervisor_version": facts.version_text,
+            "loads_versions": f"{'.'.join(map(str, OLDEST_VERSION))}..{major}.{minor}",
+            "machine_types": " ".join(facts.machine_types),
+            "cpu_models": " ".join(facts.cpu_models),
+        },
+        opaque_kinds=payloads.KINDS,
+    )
+
+
+def _pid_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_qemu_of(pid: int, files: QemuFiles) -> bool:
+    """A pid file outlives a QEMU that was killed, and the number may be somebody else's by now."""
+    try:
+        return os.fsencode(files.pid) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False

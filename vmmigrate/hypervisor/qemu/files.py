@@ -1,0 +1,145 @@
+"""The directory of one QEMU, mode 0700: its monitor's socket, what it said, consoles, and its device state at rest.
+
+A console is two files: what the guest wrote, which QEMU appends to, and a pipe that it types from. The output file *is*
+the console's history: its size is the number of bytes that there were, its first and its last MiB are kept, and what
+lies between is given back to the file system from time to time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vmmigrate.errors import PayloadError
+from vmmigrate.hypervisor import kernel, processes
+from vmmigrate.hypervisor.base import ConsoleHistory
+from vmmigrate.hypervisor.qemu.stream import parse_stream
+
+HISTORY_BYTES: Final = 1 << 20
+_PUNCHED_FROM_BYTES: Final = 8 << 20
+_PAGE_BYTES: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class QemuFiles:
+    """Paths in the directory of one QEMU."""
+
+    directory: Path
+
+    @property
+    def monitor(self) -> Path:
+        return self.directory / "qmp"
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "log"
+
+    @property
+    def pid(self) -> Path:
+        """QEMU writes it, and removes it when it ends by itself."""
+        return self.directory / "pid"
+
+    @property
+    def outgoing(self) -> Path:
+        """The socket to which QEMU saves device state."""
+        return self.directory / "out"
+
+    @property
+    def incoming(self) -> Path:
+        """The socket from which QEMU loads it."""
+        return self.directory / "in"
+
+    @property
+    def exports(self) -> Path:
+        """The socket of the block exports by which images are activated; nobody ever connects to it."""
+        return self.directory / "nbd"
+
+    @property
+    def state(self) -> Path:
+        """Device state of the guest while it stands still after it was saved."""
+        return self.directory / "state"
+
+    @property
+    def devices(self) -> Path:
+        """Which devices the guest has, and how large their state was."""
+        return self.directory / "devices"
+
+    def keep_state(self, stream: bytes) -> None:
+        """Blocking. Whole or not at all, as seen by whoever comes after a crash of this daemon."""
+        parsed = parse_stream(stream)
+        known = {"labels": [device.label for device in parsed.devices], "bytes": len(stream)}
+        _replace(self.devices, json.dumps(known).encode())
+        _replace(self.state, stream)
+
+    def forget_state(self) -> None:
+        self.state.unlink(missing_ok=True)
+
+    def output(self, port: str) -> Path:
+        return self.directory / f"{port}.log"
+
+    def keys(self, port: str) -> Path:
+        return self.directory / f"{port}.in"
+
+    def blob(self, number: int) -> Path:
+        return self.directory / f"blob{number}"
+
+    def last_words(self) -> str:
+        return processes.last_words(self.log)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _replace(path: Path, contents: bytes) -> None:
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(contents)
+    fresh.replace(path)
+
+
+def read_history(output: Path, port: str) -> ConsoleHistory:
+    """What `base.ConsoleHistory` says; gives back what lies between its two ends. Blocking."""
+    with open(output, "rb+") as file:
+        size = os.fstat(file.fileno()).st_size
+        beginning = file.read(min(size, HISTORY_BYTES))
+        # What came since the beginning, or the last MiB of it: nothing is told twice.
+        rest = min(size - len(beginning), HISTORY_BYTES)
+        file.seek(size - rest)
+        rolling = file.read(rest)
+        _give_back(file.fileno(), size)
+    return ConsoleHistory(port, beginning, rolling, size)
+
+
+def write_history(output: Path, history: ConsoleHistory) -> None:
+    """Make the output of a guest that has not run here begin with *history*. Blocking.
+
+    Raises: PayloadError `console_history`: lengths that no history can have.
+    """
+    after = history.total_bytes - len(history.beginning)
+    if len(history.beginning) != min(history.total_bytes, HISTORY_BYTES) or len(history.rolling) != min(
+        after, HISTORY_BYTES
+    ):
+        raise PayloadError(f"console {history.port}: a history that contradicts itself", code="console_history")
+    with open(output, "rb+") as file:
+        file.write(history.beginning)
+        file.seek(history.total_bytes - len(history.rolling))
+        file.write(history.rolling)
+        file.truncate(history.total_bytes)
+
+
+def trim_output(output: Path) -> None:
+    """Keep what nobody reads any more from filling the disk. Blocking, and cheap when there is nothing to do."""
+    with contextlib.suppress(OSError), open(output, "rb+") as file:
+        _give_back(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+def _give_back(fd: int, size: int) -> None:
+    if size < _PUNCHED_FROM_BYTES or os.fstat(fd).st_blocks * 512 < _PUNCHED_FROM_BYTES:
+        return
+    first, last = HISTORY_BYTES // _PAGE_BYTES, (size - HISTORY_BYTES) // _PAGE_BYTES
+    with contextlib.suppress(OSError):  # a file system without holes keeps everything
+        kernel.punch_holes(fd, [(first, last - first)])

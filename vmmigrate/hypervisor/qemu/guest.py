@@ -1,0 +1,495 @@
+"""One guest in QEMU, as its daemon sees it.
+
+What changes its run state or its images goes one at a time. `saved` is the file that tells that the guest stands still
+since its device state was saved (or loaded): QEMU cannot save it twice without having run, and need not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from vmmigrate.devices.payload import DevicePayload
+from vmmigrate.devices.time import NS_PER_S, Adjustment, TimeData, adjust
+from vmmigrate.errors import HypervisorError
+from vmmigrate.hypervisor.base import (
+    ConsoleHistory,
+    GuestPlan,
+    GuestProcess,
+    GuestStamp,
+    GuestStatus,
+    PayloadDescription,
+    RunState,
+    SelfCheck,
+)
+from vmmigrate.hypervisor.processes import ProcessWatch
+from vmmigrate.hypervisor.processguest import ProcessGuest
+from vmmigrate.hypervisor.qemu import files as consoles
+from vmmigrate.hypervisor.qemu import images, payloads, saving, stress, tracker
+from vmmigrate.hypervisor.qemu.files import QemuFiles
+from vmmigrate.hypervisor.qemu.machine import STAMP_OBJECT
+from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError
+from vmmigrate.hypervisor.qemu.remembered import Epoch, Remembered, from_text
+from vmmigrate.hypervisor.qemu.stream import parse_stream
+from vmmigrate.memory import GIB, PAGE_SIZE
+
+_ASK_AGAIN_S: Final = 1.0
+_LOOK_AGAIN_S: Final = 0.005
+_SELF_CHECK_S_PER_GIB: Final = 120.0
+_LONGEST_INPUT_BYTES: Final = 4096
+_ANNOUNCEMENT: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  # milliseconds; QEMU's own defaults
+
+
+class QemuGuest(ProcessGuest):
+    """Implements `base.Guest`.
+
+    Attributes:
+        no_moving: Why nothing tracks what it writes; empty when it can be moved.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: GuestPlan,
+        process: GuestProcess,
+        watch: ProcessWatch,
+        files: QemuFiles,
+        ram_identity: tracker.RamIdentity,
+        locked: Mapping[int, Path],
+        request_deadline_s: float,
+    ) -> None:
+        super().__init__(plan, process, watch)
+        self.no_moving = ""
+        self.qmp = Qmp(files.monitor)
+        self._files = files
+        self.ram_identity = ram_identity
+        self._locked = locked
+        self._request_deadline_s = request_deadline_s
+        self._facts: Mapping[str, str] = {}
+        self._memory: Remembered | None = None
+        self._acts = trio.Lock()
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        return self._facts
+
+    def learn(self, facts: Mapping[str, str]) -> None:
+        """What QEMU told of the machine that it made."""
+        self._facts = facts
+
+    # -- what QEMU remembers ---------------------------------------------------------------------------------------
+
+    async def recall(self) -> Remembered:
+        """What the process remembers. Only this daemon writes it: it is read once."""
+        if self._memory is None:
+            text = await self.ask("qom-get", path=f"/objects/{STAMP_OBJECT}", property="identity")
+            self._memory = from_text(text)
+        return self._memory
+
+    async def _remember(self, memory: Remembered) -> None:
+        # Unknown until QEMU has answered: a call that is given up may have been heard.
+        self._memory = None
+        await self.ask("qom-set", path=f"/objects/{STAMP_OBJECT}", property="identity", value=memory.to_text())
+        self._memory = memory
+
+    async def _claim(self, epoch: Epoch) -> Remembered:
+        """Raises: HypervisorError `stale_epoch`."""
+        memory = (await self.recall()).claimed(epoch)
+        if memory != self._memory:
+            await self._remember(memory)
+        return memory
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    async def status(self) -> GuestStatus:
+        memory, state, vitals = await self.recall(), await self._run_state(), self._vitals()
+        for port in self.plan.serial_ports:
+            consoles.trim_output(self._files.output(port.num))
+        return GuestStatus(
+            stamp=memory.stamp,
+            run_state=RunState.RUNNING if state == "running" else RunState.PAUSED,
+            heartbeats=0 if vitals is None else vitals.heartbeats,
+            last_record=memory.last_record,
+            last_journal=memory.last_journal,
+            backends_open=memory.is_open,
+            program={**self.plan.program, **({} if vitals is None else asdict(vitals))},
+            handoff=memory.handoff if state == "postmigrate" else None,
+            ran_epoch=memory.ran,
+        )
+
+    async def run(self, epoch: Epoch) -> None:
+        async with self._acts:
+            memory = await self._claim(epoch)
+            if memory.is_arriving:
+                text = f"guest {self.plan.instance_id}: its devices have not been imported"
+                raise HypervisorError(text, code="not_imported")
+            state = await self._run_state()
+            if state in {"running", "shutdown"}:
+                return
+            memory = await self._opened(memory)
+            announces = memory.announces
+            await self._remember(replace(memory, ran=epoch, handoff=None, announces=False))
+            await self.in_thread(self._files.forget_state)
+            await self._continue()
+            if announces and self.plan.nics:
+                with contextlib.suppress(QmpError):
+                    await self.ask("announce-self", **_ANNOUNCEMENT)
+
+    async def _continue(self) -> None:
+        try:
+            await self.ask("cont")
+        except QmpError as exc:
+            raise HypervisorError(f"guest {self.plan.instance_id}: {exc.text}", code="not_resumed") from exc
+
+    async def pause(self) -> None:
+        async with self._acts:
+            await self.ask("stop")
+
+    async def reboot(self) -> None:
+        async with self._acts:
+            await self._check_not_given_away()
+            await self.in_thread(self._files.forget_state)
+            await self.ask("system_reset")
+
+    async def wait_power_off(self) -> None:
+        while not self._gone:
+            # Another command may break the connection off, and the process may end: `wait_exit` tells that.
+            with contextlib.suppress(OSError, EOFError, HypervisorError):
+                seen = self.qmp.events_seen
+                if (await self.ask("query-status"))["status"] == "shutdown":
+                    return
+                await self.qmp.wait_event("SHUTDOWN", seen)
+                continue
+            await trio.sleep(_ASK_AGAIN_S)
+        await trio.sleep_forever()
+
+    async def pause_for_handoff(self, migration_id: str) -> None:
+        async with self._acts:
+            if await self._run_state() == "shutdown":
+                text = f"guest {self.plan.instance_id} has powered itself off"
+                raise HypervisorError(text, code="guest_powered_off")
+            memory = await self.recall()
+            await self._remember(replace(memory, handoff=migration_id))
+            await self._save()
+
+    async def silence(self, epoch: Epoch, record: int) -> None:
+        async with self._acts:
+            memory = await self.recall()
+            await self._remember(
+                replace(memory, seen=max(memory.seen, epoch), last_record=max(memory.last_record, record))
+            )
+            await self.ask("stop")
+            await self._save()
+
+    async def _check_not_given_away(self) -> None:
+        memory = await self.recall()
+        if memory.handoff is not None and await self._run_state() == "postmigrate":
+            text = f"guest {self.plan.instance_id} is paused for migration {memory.handoff}"
+            raise HypervisorError(text, code="guest_paused_for_handoff")
+
+    async def note_record(self, journal_id: str, number: int) -> None:
+        memory = await self.recall()
+        newest = max(number, memory.last_record) if journal_id == memory.last_journal else number
+        await self._remember(replace(memory, last_journal=journal_id, last_record=newest))
+
+    async def restamp(self, stamp: GuestStamp) -> None:
+        async with self._acts:
+            memory = (await self.recall()).claimed(stamp.epoch)
+            await self._remember(replace(memory, stamp=stamp))
+
+    # -- images ----------------------------------------------------------------------------------------------------
+
+    async def open_backends(self, epoch: Epoch) -> None:
+        async with self._acts:
+            memory = await self._claim(epoch)
+            if memory.is_arriving:
+                text = f"guest {self.plan.instance_id}: its devices have not been imported"
+                raise HypervisorError(text, code="not_imported")
+            await self._opened(memory)
+
+    async def close_backends(self) -> None:
+        async with self._acts:
+            await self._check_still()
+            if (await self.recall()).is_open:
+                await self._save()
+
+    async def _opened(self, memory: Remembered) -> Remembered:
+        """Images active; what is remembered then. Raises: HypervisorError `backend_busy`, `backend_unavailable`."""
+        if memory.is_open:
+            return memory
+        disks = range(len(self.plan.disks))
+        await self.in_thread(images.check_free, self._locked, self.plan, self.process.pid)
+        for number in disks:
+            if number not in memory.active:
+                await images.activate(self.ask, self._files, number)
+                memory = replace(memory, active=(*memory.active, number))
+                await self._remember(memory)
+        busy = await self.in_thread(images.not_held, self._locked, self.process.pid)
+        if busy:
+            memory = replace(memory, active=tuple(number for number in memory.active if number not in busy))
+            await self._remember(memory)
+            names = ", ".join(self.plan.disks[number].backend_name for number in busy)
+            raise HypervisorError(f"backend {names}: open for writing elsewhere", code="backend_busy")
+        memory = replace(memory, is_open=True)
+        await self._remember(memory)
+        return memory
+
+    async def _save(self) -> None:
+        """Device state in `saved`, the guest stopped, images inactive; or all as it was. Not given up half-way.
+
+        Raises: HypervisorError `pause_failed`.
+        """
+        memory = await self.recall()
+        with trio.CancelScope(shield=True):
+            if not await self.in_thread(self._files.state.exists):
+                was_running = await self._run_state() == "running"
+                stream = await self._in_time(
+                    partial(saving.save, self.ask, self.qmp, self._files.outgoing, was_running=was_running), "save"
+                )
+                await self.in_thread(self._files.keep_state, stream)
+            elif memory.is_open:
+                await images.deactivate(self.ask)
+            await self._remember(replace(await self.recall(), is_open=False, active=()))
+
+    # -- moving ----------------------------------------------------------------------------------------------------
+
+    async def export_time(self) -> TimeData:
+        """Guest clocks travel in QEMU's own state; this says how long the guest has been up, and what time it is here.
+        Its counter counts nanoseconds since it booted."""
+        await self._check_still()
+        monotonic_ns, wall_ns = time.monotonic_ns(), time.time_ns()
+        booted_ns = min((await self.recall()).booted_ns, monotonic_ns)
+        return TimeData(
+            guest_freq=NS_PER_S,
+            guest_tsc=monotonic_ns - booted_ns,
+            hrtime=monotonic_ns,
+            hres_sec=wall_ns // NS_PER_S,
+            hres_ns=wall_ns % NS_PER_S,
+            boot_hrtime=booted_ns,
+        )
+
+    async def import_time(self, time_data: TimeData) -> Adjustment:
+        wall_ns = time.time_ns()
+        adjusted = adjust(time_data, time.monotonic_ns(), wall_ns // NS_PER_S, wall_ns % NS_PER_S)
+        await self._remember(replace(await self.recall(), booted_ns=adjusted.time.boot_hrtime))
+        return adjusted
+
+    async def list_payloads(self) -> tuple[PayloadDescription, ...]:
+        unfit = [*self.plan.unmigratable]
+        unfit += [f"{disk.name} (nvme_disk: QEMU cannot save its NVMe controller)" for disk in _unsaved(self.plan)]
+        if self.no_moving:
+            unfit.append(f"guest RAM ({self.no_moving})")
+        writers = await self.in_thread(tracker.foreign_writers, self.process.pid, self.ram_identity)
+        unfit += [f"guest RAM (process {pid} may write to it unseen)" for pid in writers]
+        if unfit:
+            text = f"guest {self.plan.instance_id} cannot be moved: {', '.join(unfit)}"
+            raise HypervisorError(text, code="not_migratable", details={"devices": unfit})
+        known = await self._known_devices()
+        return payloads.describe(known["labels"], [name for _, name in self._blobs()])
+
+    async def export_devices(self, versions: Mapping[str, int]) -> tuple[DevicePayload, ...]:
+        async with self._acts:
+            await self._check_still()
+            if not await self.in_thread(self._files.state.exists):
+                await self._save()
+            return await self.in_thread(self._payloads)
+
+    def _payloads(self) -> tuple[DevicePayload, ...]:
+        contents = {name: self._files.blob(number).read_bytes() for number, name in self._blobs()}
+        return payloads.from_stream(parse_stream(self._files.state.read_bytes()), contents)
+
+    async def rehearse_export(self, versions: Mapping[str, int]) -> int:
+        """Only a guest that stands still can be saved: what it was the last time is the best that can be told."""
+        return int((await self._known_devices())["bytes"])
+
+    async def throttle(self, percent: int) -> None:
+        if percent:
+            raise HypervisorError("QEMU holds processors back only in its own migration", code="not_supported")
+
+    async def import_devices(self, received: Sequence[DevicePayload]) -> tuple[tuple[str, str], ...]:
+        blobs = {name: number for number, name in self._blobs()}
+        stream, contents, skipped = await self.in_thread(payloads.to_stream, received, list(blobs))
+        async with self._acts:
+            memory, joined = await self.recall(), stream.joined()
+            if not memory.is_arriving:
+                text = f"guest {self.plan.instance_id} does not wait for device state"
+                raise HypervisorError(text, code="not_arriving")
+            for name, body in contents.items():
+                await self.in_thread(self._files.blob(blobs[name]).write_bytes, body)
+            await self._load(joined)
+            await self.in_thread(self._files.keep_state, joined)
+            await self._remember(replace(memory, is_arriving=False, announces=True))
+        return skipped
+
+    async def _load(self, stream: bytes) -> None:
+        try:
+            await self._in_time(partial(saving.load, self.qmp, self._files.incoming, stream), "load")
+        except HypervisorError as exc:
+            if exc.code == "guest_lost":  # a QEMU that cannot load a state ends, and has said why
+                text = f"QEMU did not load the device state: {self.last_words() or 'it gave no reason'}"
+                raise HypervisorError(text, code="device_load_failed") from exc
+            raise
+
+    async def console_history(self, port: str) -> ConsoleHistory:
+        return await self.in_thread(consoles.read_history, self._files.output(self._num(port)), port)
+
+    async def import_console_history(self, history: ConsoleHistory) -> None:
+        await self.in_thread(consoles.write_history, self._files.output(self._num(history.port)), history)
+
+    async def console_input(self, port: str, keys: bytes) -> None:
+        await self._check_not_given_away()
+        await self.in_thread(self._type, self._num(port), keys[:_LONGEST_INPUT_BYTES])
+
+    def _type(self, num: str, keys: bytes) -> None:
+        """All or nothing: so few bytes are written to a pipe at once."""
+        try:
+            pipe = os.open(self._files.keys(num), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                os.write(pipe, keys)
+            finally:
+                os.close(pipe)
+        except OSError as exc:
+            text = f"guest {self.plan.instance_id} takes no keys on {num}: {exc.strerror}"
+            raise HypervisorError(text, code="console_input") from exc
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    async def self_check(self) -> SelfCheck:
+        """Have the guest's program check itself, if it shows its vital signs (`stress`)."""
+        before = self._vitals()
+        if before is None:
+            text = f"guest {self.plan.instance_id} runs no program that checks itself"
+            raise HypervisorError(text, code="not_supported")
+        if await self._run_state() != "running":
+            text = f"guest {self.plan.instance_id} is paused, and checks itself only while it runs"
+            raise HypervisorError(text, code="guest_paused")
+        await self.console_input(self.plan.serial_ports[0].name, b"v")
+        deadline_s = self._request_deadline_s + _SELF_CHECK_S_PER_GIB * self.plan.layout.size_bytes / GIB
+        with trio.move_on_after(deadline_s):
+            while True:
+                await trio.sleep(_LOOK_AGAIN_S)
+                self.check_alive()
+                after = self._vitals()
+                if after is not None and after.checks_done > before.checks_done:
+                    return _verdict(after)
+        raise HypervisorError(f"no verdict within {deadline_s:g} s", code="guest_unresponsive")
+
+    async def heartbeat_gaps(self) -> Mapping[str, Any]:
+        raise HypervisorError(
+            "a QEMU guest's heartbeat is seen on its console, by whoever watches it; it keeps no count of its own gaps",
+            code="not_supported",
+        )
+
+    def _vitals(self) -> stress.Vitals | None:
+        gpa = self.plan.program.get("vitals_gpa")
+        run = None if gpa is None else self.plan.layout.locate(gpa, 1)
+        if run is None:
+            return None
+        start = run.first_page * PAGE_SIZE
+        return stress.read_vitals(self.ram.view[start : start + PAGE_SIZE])
+
+    # -- seams -----------------------------------------------------------------------------------------------------
+
+    async def ask(self, command: str, **arguments: Any) -> Any:
+        """One command to QEMU.
+
+        Raises: QmpError; HypervisorError `guest_lost`, `guest_unresponsive`, `guest_taken_over`.
+        """
+        return await self._in_time(partial(self.qmp.execute, command, **arguments), command)
+
+    async def _in_time(self, call: Any, what: str) -> Any:
+        with trio.move_on_after(self._request_deadline_s):
+            try:
+                return await call()
+            except (OSError, EOFError) as exc:
+                raise await self.explain_cut(exc) from exc
+        self.check_alive()
+        text = f"guest {self.plan.instance_id}: no answer to {what} within {self._request_deadline_s:g} s"
+        raise HypervisorError(text, code="guest_unresponsive")
+
+    async def _run_state(self) -> str:
+        return str((await self.ask("query-status"))["status"])
+
+    async def _check_still(self) -> None:
+        if await self._run_state() == "running":
+            raise HypervisorError(f"guest {self.plan.instance_id} is running", code="guest_running")
+
+    async def _known_devices(self) -> dict[str, Any]:
+        """Labels of the devices that QEMU saves, and how many bytes that is: they are those of its life."""
+        try:
+            known: dict[str, Any] = json.loads(await self.in_thread(self._files.devices.read_text))
+        except (OSError, ValueError) as exc:
+            text = f"guest {self.plan.instance_id}: what devices it has is not known"
+            raise HypervisorError(text, code="not_migratable") from exc
+        return known
+
+    def _blobs(self) -> list[tuple[int, str]]:
+        """Blob disks that the guest may have written, by number, with their backends' names."""
+        return [
+            (number, disk.backend_name)
+            for number, disk in enumerate(self.plan.disks)
+            if disk.backend_kind == "blob" and not disk.readonly
+        ]
+
+    def _num(self, port: str) -> str:
+        for known in self.plan.serial_ports:
+            if known.name == port:
+                return known.num
+        listed = ", ".join(known.name for known in self.plan.serial_ports) or "none"
+        raise HypervisorError(f"no serial port {port} (there are: {listed})", code="no_such_port")
+
+    async def begin(self, memory: Remembered, *, keeps_images: bool) -> None:
+        """Complete a guest that was just built: consoles, and images that are inactive until they are asked for.
+
+        Args:
+            keeps_images: It has a device that QEMU cannot save: its images stay open, and it stays here.
+        """
+        self._memory = memory
+        for port in self.plan.serial_ports:
+            backend = {"out": str(self._files.output(port.num)), "in": str(self._files.keys(port.num)), "append": True}
+            await self.ask("chardev-change", id=port.num, backend={"type": "file", "data": backend})
+        if memory.is_arriving:
+            await saving.prepare_loading(self.ask, self._files.incoming)
+        elif keeps_images:
+            everything = tuple(range(len(self.plan.disks)))
+            await self._remember(replace(memory, is_open=True, active=everything))
+        else:
+            await self._save()
+
+    def hang_up(self) -> None:
+        self.qmp.close()
+
+    def remove_files(self) -> None:
+        self._files.remove()
+
+    def last_words(self) -> str:
+        return self._files.last_words()
+
+
+def _unsaved(plan: GuestPlan) -> list[Any]:
+    """Disks behind a controller whose state QEMU does not save (hw/nvme/ctrl.c: unmigratable)."""
+    return [disk for disk in plan.disks if disk.model == "nvme"]
+
+
+def can_be_saved(plan: GuestPlan) -> bool:
+    return not _unsaved(plan)
+
+
+def _verdict(vitals: stress.Vitals) -> SelfCheck:
+    reasons = []
+    if vitals.bad_pages:
+        reasons.append(f"{vitals.bad_pages} pages are not as they were written")
+    if vitals.mismatches:
+        reasons.append(f"{vitals.mismatches} pages were stale when they were written again")
+    if vitals.disk_failures:
+        reasons.append(f"{vitals.disk_failures} disk requests failed, or read something else than was written")
+    return SelfCheck(not reasons, vitals.filled_pages, vitals.first_bad_page, "; ".join(reasons))

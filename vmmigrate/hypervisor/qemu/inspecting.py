@@ -1,0 +1,106 @@
+"""What a QEMU tells of itself: what it can do, and what machine it made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from vmmigrate.errors import HypervisorError
+from vmmigrate.hypervisor.base import GuestPlan
+from vmmigrate.hypervisor.qemu import cpuid
+from vmmigrate.hypervisor.qemu.machine import base_cpu, machine_type
+from vmmigrate.hypervisor.qemu.settings import QemuFacts, QemuSettings, read_facts
+
+Ask = Callable[..., Awaitable[Any]]
+
+_ABILITIES: Final[Mapping[str, dict[str, Any]]] = {
+    "query-version": {},
+    "query-machines": {},
+    "query-cpu-definitions": {},
+    "query-cpu-model-expansion": {"type": "full", "model": {"name": "max"}},
+    "query-qmp-schema": {},
+}
+_LONGEST_FACT: Final = 1024
+_FIRST_CPU: Final = "/machine/unattached/device[0]"
+
+
+async def abilities(ask: Ask) -> QemuFacts:
+    """Of a QEMU that was started with no machine, and with the accelerator that guests will have."""
+    return read_facts({command: await ask(command, **arguments) for command, arguments in _ABILITIES.items()})
+
+
+async def guest_facts(ask: Ask, plan: GuestPlan, settings: QemuSettings, facts: QemuFacts) -> dict[str, str]:
+    """What `devices.opaque` calls the facts of a guest: machine, processor, RAM blocks and devices, as QEMU made them.
+
+    Raises: HypervisorError `cpu_differs`: the processor is not what the spec says.
+    """
+    words = await ask("qom-get", path=_FIRST_CPU, property="feature-words")
+    if plan.board.cpuid is not None:
+        wrong = cpuid.check_words(plan.board.cpuid, words)
+        if wrong:
+            raise HypervisorError("QEMU made another processor: " + "; ".join(wrong), code="cpu_differs")
+    features = sorted(json.dumps(word, sort_keys=True) for word in words)
+    blocks = await _ram_blocks(ask)
+    return {
+        "hypervisor": "qemu",
+        "hypervisor_version": facts.version_text,
+        "machine_type": machine_type(plan, facts),
+        "cpu_model": base_cpu(plan, settings),
+        "cpu_features": _digest(features),
+        "ram_blocks": _short(" ".join(blocks)),
+        "device_tree": _digest([*await _devices(ask), f"cpus {plan.cpus}"]),
+    }
+
+
+async def _ram_blocks(ask: Ask) -> list[str]:
+    """Names and largest sizes; the tables of the firmware are smaller at times."""
+    text = await ask("human-monitor-command", command_line="info ramblock")
+    rows = [line.split() for line in text.splitlines()[1:] if line.strip()]
+    return sorted(f"{row[0]}:{int(row[-1], 16)}" for row in rows if len(row) >= 5)
+
+
+async def _devices(ask: Ask) -> list[str]:
+    """Devices with their types, and PCI functions with their places."""
+    found = []
+    for place in ("/machine/peripheral", "/machine/unattached"):
+        for entry in await ask("qom-list", path=place):
+            kind = entry["type"]
+            if kind.startswith("child<") and kind not in {"child<memory-region>", "child<irq>"}:
+                named = entry["name"] if place == "/machine/peripheral" else "-"
+                found.append(f"{named} {kind}")
+    for bus in await ask("query-pci"):
+        for device in bus["devices"]:
+            identity = device["id"]
+            place = f"{device['bus']}:{device['slot']}.{device['function']}"
+            found.append(
+                f"pci {place} {identity['vendor']:04x}:{identity['device']:04x} {device['class_info']['class']}"
+            )
+    return sorted(found)
+
+
+def kernel_digest(plan: GuestPlan) -> str:
+    """Of the files that the guest boots from without a disk: a reboot at the destination reads them again. Blocking.
+
+    Raises: HypervisorError `program_missing`.
+    """
+    digest = hashlib.sha256(str(plan.program.get("append", "")).encode())
+    for word in ("kernel", "initrd"):
+        path = plan.program.get(word)
+        if path is not None:
+            try:
+                digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
+            except OSError as exc:
+                raise HypervisorError(f"{word} {path}: {exc.strerror}", code="program_missing") from exc
+    return digest.hexdigest()
+
+
+def _short(text: str) -> str:
+    """As it is, or a digest of what the wire would not carry."""
+    return text if len(text) <= _LONGEST_FACT else _digest([text])
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]

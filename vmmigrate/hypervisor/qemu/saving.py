@@ -1,0 +1,138 @@
+"""QEMU's device state, out of one QEMU and into another, by QEMU's own migration with `x-ignore-shared`.
+
+Guest RAM is shared memory and is not in the stream. Saving stops the guest and ends in the run state `postmigrate`: it
+stands still then, its images are inactive, and nothing but a command makes it go on. Until then it goes on by itself
+when the connection breaks, which is what a daemon that dies leaves behind. The stream is given to the other QEMU as it
+is; that one is good for one try: if it cannot load the state it ends, and says why on its standard error.
+
+Source: QEMU, migration/migration.c (7.2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from vmmigrate.errors import HypervisorError
+from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError
+from vmmigrate.hypervisor.qemu.stream import MAX_STREAM_BYTES, end_of_stream
+
+_CHUNK_BYTES: Final = 1 << 18
+_UNLIMITED: Final = 1 << 40
+_LOADED: Final = bytes.fromhex("0001 0004 00000000")  # return path: message 1 (shut), four bytes, all is well
+_UNDER_WAY: Final = frozenset({"setup", "active", "device", "cancelling"})
+_OVER: Final = frozenset({"completed", "failed", "cancelled"})
+_LOOK_AGAIN_S: Final = 0.0005
+_CALL_OFF_S: Final = 5.0
+
+Ask = Callable[..., Awaitable[Any]]
+
+
+async def save(ask: Ask, qmp: Qmp, path: Path, *, was_running: bool) -> bytes:
+    """Stop the guest, and give the state of all that is not shared memory. The caller sets the deadline, and shields.
+
+    Returns: The stream; the run state is `postmigrate`.
+
+    Raises: HypervisorError `pause_failed`, or what *ask* raises, or cancelled: the guest is as it was, or the process
+        is gone.
+    """
+    await prepare_saving(ask)
+    with contextlib.closing(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
+        await trio.Path(path).unlink(missing_ok=True)
+        await listener.bind(str(path))
+        listener.listen(1)
+        seen = qmp.events_seen
+        try:
+            await ask("migrate", uri=f"unix:{path}")
+            connection, _ = await listener.accept()
+            with contextlib.closing(connection):
+                stream = await _receive(connection)
+                await connection.send(_LOADED)
+                await _expect_end(ask, qmp, seen)
+                await _wait_run_state(ask, "postmigrate")
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await _call_off(ask, was_running)
+            raise
+    await trio.Path(path).unlink(missing_ok=True)
+    return stream
+
+
+async def prepare_saving(ask: Ask) -> None:
+    """What can be done before the pause is done before it."""
+    await _set_capabilities(ask, events=True, return_path=True, x_ignore_shared=True)
+    await ask("migrate-set-parameters", max_bandwidth=_UNLIMITED)
+
+
+async def _receive(connection: trio.socket.SocketType) -> bytes:
+    stream = bytearray()
+    while not end_of_stream(stream):
+        chunk = await connection.recv(_CHUNK_BYTES)
+        stream += chunk
+        if not chunk or len(stream) > MAX_STREAM_BYTES:
+            why = "it breaks off" if not chunk else f"it has more than {MAX_STREAM_BYTES} bytes"
+            raise HypervisorError(f"QEMU's device state cannot be saved: {why}", code="pause_failed")
+    return bytes(stream)
+
+
+async def _expect_end(ask: Ask, qmp: Qmp, seen: int) -> None:
+    event = await qmp.wait_event("MIGRATION", seen, lambda data: data.get("status") in _OVER)
+    if event.data["status"] != "completed":
+        raise HypervisorError(f"QEMU did not save its state: {await _reason(ask)}", code="pause_failed")
+
+
+async def _reason(ask: Ask) -> str:
+    with contextlib.suppress(HypervisorError):
+        told = await ask("query-migrate")
+        return str(told.get("error-desc") or told.get("status", "no reason given"))
+    return "no reason given"
+
+
+async def _wait_run_state(ask: Ask, wanted: str) -> None:
+    """QEMU tells that a migration is over just before it sets the run state that follows from it."""
+    while (await ask("query-status"))["status"] != wanted:  # noqa: ASYNC110 (another process' state)
+        await trio.sleep(_LOOK_AGAIN_S)
+
+
+async def _call_off(ask: Ask, was_running: bool) -> None:
+    """End QEMU's migration; a guest that ran goes on by itself, or is told to."""
+    with contextlib.suppress(HypervisorError), trio.move_on_after(_CALL_OFF_S):
+        with contextlib.suppress(QmpError):
+            await ask("migrate_cancel")
+        while (await ask("query-migrate")).get("status") in _UNDER_WAY:  # noqa: ASYNC110 (another process' state)
+            await trio.sleep(_LOOK_AGAIN_S)
+        status = await ask("query-status")
+        if was_running and not status["running"]:
+            await ask("cont")
+
+
+async def prepare_loading(ask: Ask, path: Path) -> None:
+    """Let a QEMU that was started with `-incoming defer` wait for its state at the socket *path*."""
+    await _set_capabilities(ask, events=True, late_block_activate=True, x_ignore_shared=True)
+    await ask("migrate-incoming", uri=f"unix:{path}")
+
+
+async def load(qmp: Qmp, path: Path, stream: bytes) -> None:
+    """Give the state to a QEMU that waits for it: it is stopped then, its images still inactive.
+
+    Raises: HypervisorError `device_load_failed`, OSError, EOFError: that QEMU is of no use any more.
+    """
+    seen = qmp.events_seen
+    with contextlib.closing(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
+        await connection.connect(str(path))
+        left = memoryview(stream)
+        while left:
+            left = left[await connection.send(left) :]
+        event = await qmp.wait_event("MIGRATION", seen, lambda data: data.get("status") in _OVER)
+    if event.data["status"] != "completed":
+        raise HypervisorError("QEMU did not load the device state", code="device_load_failed")
+
+
+async def _set_capabilities(ask: Ask, **capabilities: bool) -> None:
+    listed = [{"capability": name.replace("_", "-"), "state": state} for name, state in capabilities.items()]
+    await ask("migrate-set-capabilities", capabilities=listed)

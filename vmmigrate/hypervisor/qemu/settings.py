@@ -1,0 +1,81 @@
+"""How this host runs QEMU: what its operator says, and what the QEMU at hand can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from vmmigrate.hypervisor.qemu.cpuid import available_features
+
+OLDEST_VERSION: Final = (7, 2)
+
+
+@dataclass(frozen=True)
+class QemuSettings:
+    """What the operator says.
+
+    Attributes:
+        accelerator: "tcg" or "kvm".
+        cpu_model: Of guests whose spec says nothing about CPUID.
+        network: "tap": a NIC is the tap interface of the host that has its backend's name; "user": QEMU's own network
+            behind an address translation, for tests and demonstrations.
+        regions: NBD addresses by the id of the Crucible volume that is served there.
+        kernels: Directories in which kernels and initial RAM disks of guests may lie, links resolved.
+        use_tracker: False: guests are started without it, and stay.
+    """
+
+    binary: str = "qemu-system-x86_64"
+    accelerator: str = "tcg"
+    cpu_model: str = "qemu64"
+    network: str = "tap"
+    regions: Mapping[str, str] = field(default_factory=dict)
+    kernels: Sequence[Path] = ()
+    use_tracker: bool = True
+
+
+@dataclass(frozen=True)
+class QemuFacts:
+    """What the QEMU at hand told when it was asked.
+
+    Attributes:
+        machine_types: Versioned pc machine types, the newest last.
+        cpu_models: Names for `-cpu` of models that the accelerator can show whole.
+        features: Properties of processors that the accelerator can show.
+        drivers: Block drivers.
+    """
+
+    version: tuple[int, int, int]
+    machine_types: Sequence[str]
+    cpu_models: Sequence[str]
+    features: frozenset[str]
+    drivers: frozenset[str]
+
+    @property
+    def version_text(self) -> str:
+        return ".".join(map(str, self.version))
+
+
+def read_facts(answers: Mapping[str, Any]) -> QemuFacts:
+    """Facts from the answers of QMP commands, by command."""
+    version = answers["query-version"]["qemu"]
+    names = [machine["name"] for machine in answers["query-machines"]]
+    machines = sorted((name for name in names if _pc_version(name)), key=_pc_version)
+    expanded = answers["query-cpu-model-expansion"]["model"]["props"]
+    enumerations: list[list[str]] = [entry.get("values", []) for entry in answers["query-qmp-schema"]]
+    drivers = next((values for values in enumerations if {"raw", "qcow2"} <= set(values)), [])
+    return QemuFacts(
+        version=(version["major"], version["minor"], version["micro"]),
+        machine_types=[name for name in machines if _pc_version(name) >= OLDEST_VERSION],
+        cpu_models=[m["name"] for m in answers["query-cpu-definitions"] if not m.get("unavailable-features")],
+        features=available_features(expanded),
+        drivers=frozenset(drivers),
+    )
+
+
+def _pc_version(machine_type: str) -> tuple[int, ...]:
+    """(7, 2) of pc-i440fx-7.2; empty for everything else."""
+    prefix, _, version = machine_type.rpartition("-")
+    parts = version.split(".")
+    return tuple(map(int, parts)) if prefix == "pc-i440fx" and all(part.isdecimal() for part in parts) else ()
