@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -39,3 +40,23 @@ async def test_kills_and_cuts_at_every_message_boundary_leave_one_owner_and_noth
         for fault in SHORT:
             struck = {r.trial.boundary for r in campaign.results if r.reached and r.trial.fault is fault}
             assert sum(boundary is not None and boundary.side is side for boundary in struck) >= least, matrix(campaign)
+
+
+@pytest.mark.slow
+@pytest.mark.required
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed")
+async def test_kills_and_cuts_at_sampled_message_boundaries_leave_one_owner_of_a_qemu_guest() -> None:
+    """The same with real QEMU guests, at every third record: what they write on their consoles says who ran when."""
+    campaign = Campaign(SHORT, every=3, jobs=3, hypervisor="qemu")
+
+    with tempfile.TemporaryDirectory(prefix="vmmigrate-") as root, trio.fail_after(DEADLINE_S):
+        await campaign.run(Path(root))
+
+    assert not campaign.broken, matrix(campaign)
+    assert campaign.left_out == 0
+    for side, least in LEAST_RECORDS.items():
+        for fault in SHORT:
+            struck = {r.trial.boundary for r in campaign.results if r.reached and r.trial.fault is fault}
+            assert sum(boundary is not None and boundary.side is side for boundary in struck) >= least // 3, matrix(
+                campaign
+            )

@@ -27,7 +27,7 @@ async def test_a_guest_that_is_lost_without_leave_and_what_it_leaves_behind_are_
         pair = Pair(site)
         await pair.start()
         source = pair.hosts["source"]
-        instance = await create_guest(source)
+        instance = await create_guest(pair)
         os.kill((await source.instance(instance))["guest"]["pid"], signal.SIGKILL)
         with trio.fail_after(10):
             while (await source.instance(instance))["state"] != "lost":

@@ -8,7 +8,8 @@ from typing import Any
 from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestStamp, InjectorPlan, NicPlan, SerialPortPlan
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
 from vmmigrate.hypervisor.embedded.remote import EmbeddedGuest
-from vmmigrate.hypervisor.embedded.witness import Verdict, check_single_owner, read_witnesses
+from vmmigrate.hypervisor.embedded.witness import read_witnesses
+from vmmigrate.hypervisor.intervals import Verdict, check_single_owner
 from vmmigrate.memory import MIB, RamLayout
 
 INSTANCE = "instance-under-test"

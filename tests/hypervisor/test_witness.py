@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from vmmigrate.errors import HypervisorError
-from vmmigrate.hypervisor.embedded.witness import CAPACITY, Interval, Witness, check_single_owner, read_witness
+from vmmigrate.hypervisor.embedded.witness import CAPACITY, Witness, read_witness
+from vmmigrate.hypervisor.intervals import Interval, check_single_owner
 
 FIRST = Interval("a", "i", (1, 1), first_counter=1, first_ns=100, last_counter=50, last_ns=200, jumps=0)
 SECOND = Interval("b", "i", (1, 2), first_counter=51, first_ns=300, last_counter=90, last_ns=400, jumps=0)

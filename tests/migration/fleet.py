@@ -22,8 +22,10 @@ from vmmigrate.engine.abilities import of_this_release
 from vmmigrate.errors import JournalError, VmMigrateError
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp
 from vmmigrate.hypervisor.embedded.adapter import EmbeddedHypervisor
-from vmmigrate.hypervisor.embedded.witness import Verdict, check_single_owner, read_witnesses
+from vmmigrate.hypervisor.embedded.witness import read_witnesses
+from vmmigrate.hypervisor.intervals import Verdict, check_single_owner
 from vmmigrate.hypervisor.qemu.adapter import QemuHypervisor
+from vmmigrate.hypervisor.qemu.witness import read_consoles
 from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.threads import open_group
@@ -147,12 +149,10 @@ class Fleet:
         """
         directory = self.root / name
         config = read_config(_write_config(self.root, directory, name, allow, limits, tls, api_port, compat, qemu))
-        options = {**guest_deadlines(config), **options}
+        options = {"witness_dir": self.root / "witness", **guest_deadlines(config), **options}
         hypervisor: ObservedHypervisor | ObservedQemu
         if qemu is None:
-            hypervisor = await hypervisor_class.open(
-                config.directories.runtime, witness_dir=self.root / "witness", **options
-            )
+            hypervisor = await hypervisor_class.open(config.directories.runtime, **options)
         else:
             hypervisor = await ObservedQemu.open(config.directories.runtime, qemu_settings(config), **options)
         scope, stopped, failures = trio.CancelScope(), trio.Event(), list[JournalError]()
@@ -362,7 +362,8 @@ async def check(host: Host, instance_id: str) -> dict[str, Any]:
 
 def witnesses(fleet: Fleet, instance_id: str) -> Verdict:
     """What the guest processes themselves say about who ran when."""
-    return check_single_owner(read_witnesses(fleet.root / "witness", instance_id))
+    directory = fleet.root / "witness"
+    return check_single_owner([*read_witnesses(directory, instance_id), *read_consoles(directory, instance_id)])
 
 
 async def wait_heartbeats(host: RunningHost, instance_id: str, more: int = 50) -> None:

@@ -9,7 +9,8 @@ import trio
 
 from tests.migration.fleet import begin, check, create, migrate, stress, wait_outcome
 from tools.faults.site import HostProcess, guest_pids, open_site
-from vmmigrate.hypervisor.embedded.witness import check_single_owner, read_witness
+from vmmigrate.hypervisor.embedded.witness import read_witness
+from vmmigrate.hypervisor.intervals import check_single_owner
 
 
 async def test_two_daemon_processes_migrate_a_guest_over_their_api(tmp_path: Path) -> None:

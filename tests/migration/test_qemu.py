@@ -17,6 +17,7 @@ from tests.migration.fleet import (
     open_fleet,
     spec_v3,
     wait_heartbeats,
+    witnesses,
 )
 from vmmigrate.memory import MIB
 
@@ -86,3 +87,6 @@ async def test_a_qemu_guest_moves_and_is_as_it_was(tmp_path: Path) -> None:
         program_seen = (await beta.guest(instance).status()).program
         assert program_seen["disk_read_backs"] > 0
         assert program_seen["disk_failures"] == 0
+        owners = witnesses(fleet, instance)
+        assert owners.single, owners.problems
+        assert owners.hosts == ("alpha", "beta")

@@ -1,6 +1,6 @@
 """Strike at every message boundary of real migrations with every fault, and judge by witnesses.
 
-Two daemons and an embedded guest, each a process of its own. After every fault both daemons are started again, and
+Two daemons and a guest, each a process of its own. After every fault both daemons are started again, and
 when all is settled there is exactly one owner, its guest is whole, and nothing is left of the other. Prints the matrix:
 a row for each boundary, a column for each fault; exit code 1 when a promise was broken.
 
@@ -8,6 +8,7 @@ examples:
   python -m tools.faults                          everything: about 400 trials
   python -m tools.faults --short                  kills and cuts only, as in `make check`
   python -m tools.faults --fault stall --fault cut --every 3
+  python -m tools.faults --hypervisor qemu --short --every 3
   python -m tools.faults --short --json > faults.json
 """
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tools.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--short", action="store_true", help="kills and cuts only")
+    parser.add_argument("--hypervisor", choices=["embedded", "qemu"], default="embedded", help="what runs the guests")
     parser.add_argument("--fault", action="append", choices=[fault.value for fault in Fault], help="only these")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="strike at every N-th boundary only")
     parser.add_argument("--jobs", type=int, default=6, metavar="N", help="pairs of hosts at work at once (6)")
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     faults = [Fault(name) for name in chosen.fault or []] or list(SHORT if chosen.short else Fault)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # daemons and guests are ended on every way out
-    campaign = Campaign(faults, chosen.every, chosen.jobs, chosen.seconds, on_result=_tell)
+    campaign = Campaign(faults, chosen.every, chosen.jobs, chosen.seconds, _tell, chosen.hypervisor)
     with tempfile.TemporaryDirectory(prefix="vmmigrate-faults-") as root:
         trio.run(campaign.run, Path(root))
     print(json.dumps(to_plain(campaign)) if chosen.json else matrix(campaign))

@@ -12,7 +12,9 @@ from tools.faults.leaks import leftover_files, more_than
 from tools.faults.pair import Pair
 from tools.faults.site import HostProcess, guest_pids
 from vmmigrate.errors import VmMigrateError
-from vmmigrate.hypervisor.embedded.witness import Interval, check_single_owner, read_witnesses
+from vmmigrate.hypervisor.embedded.witness import read_witnesses
+from vmmigrate.hypervisor.intervals import Interval, check_single_owner
+from vmmigrate.hypervisor.qemu.witness import read_consoles
 
 # What follows the last word (a process that ends, a record that is written, a connection that closes) may take a while.
 AFTERMATH_S = 10.0
@@ -57,7 +59,8 @@ async def judge_living(
     states = {name: await state_of(host, instance) for name, host in pair.hosts.items()}
     running = [name for name, state in states.items() if state == "running"]
     owner = running[0] if len(running) == 1 else None
-    lived = check_single_owner(read_witnesses(pair.site.root / "witness", instance))
+    kept = pair.site.root / "witness"
+    lived = check_single_owner([*read_witnesses(kept, instance), *read_consoles(kept, instance)])
     problems = [*lived.problems, *_check_owner(pair, states, running, lived.intervals, victim)]
     for name in running:
         problems += await _check_guest(pair.hosts[name], instance)

@@ -26,6 +26,7 @@ class Campaign:
 
     Attributes:
         calm: The trial without a fault, which says how many boundaries there are.
+        hypervisor: What runs the guests.
         left_out: Trials for which there was no time.
     """
 
@@ -34,6 +35,7 @@ class Campaign:
     jobs: int = 4
     seconds: float = 3600.0
     on_result: Callable[[Result, int], None] = lambda _result, _left: None
+    hypervisor: str = "embedded"
     calm: list[Result] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
     waiting: list[Trial] = field(default_factory=list)
@@ -56,7 +58,7 @@ class Campaign:
     async def _work(self, forks: Forks, root: Path, worker: int, deadline: float) -> None:
         """Trials on one pair of hosts; on a new one after a broken promise, which may still be seen on the old."""
         for number in itertools.count():
-            async with open_site(root / f"{worker}-{number}", *NAMES, forks=forks) as site:
+            async with open_site(root / f"{worker}-{number}", *NAMES, forks=forks, hypervisor=self.hypervisor) as site:
                 pair = Pair(site)
                 await pair.start()
                 is_well = number > 0 or await self._begin(pair)

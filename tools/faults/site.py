@@ -20,6 +20,7 @@ import trio
 import vmmigrate
 from tools.faults.forks import DaemonProcess, Forks
 from vmmigrate.api.client import HostClient, open_client
+from vmmigrate.hypervisor.qemu.stress import build_stress_guest
 from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.net.tls import TlsFiles
@@ -70,18 +71,25 @@ class Site:
 
     Attributes:
         forks: Who starts the daemons; None: each is executed, and takes its time.
+        hypervisor: "embedded" or "qemu".
     """
 
     root: Path
     stack: contextlib.AsyncExitStack
     operator: TlsFiles
     forks: Forks | None = None
+    hypervisor: str = "embedded"
+
+    @property
+    def kernel(self) -> Path:
+        """What QEMU guests boot."""
+        return self.root / "stress.elf"
 
     async def start(self, name: str) -> HostProcess:
         """Start the daemon of host *name*, or start it again."""
         config = self.root / f"{name}.toml"
         if not config.exists():
-            _write_config(self.root, config, name)
+            _write_config(self.root, config, name, self.hypervisor)
         stack = contextlib.AsyncExitStack()
         self.stack.push_async_callback(stack.aclose)
         arguments = ["daemon", "--config", str(config), "-o", "json"]
@@ -108,7 +116,9 @@ async def _execute(arguments: Sequence[str], stdout: int, stderr: int) -> Daemon
 
 
 @contextlib.asynccontextmanager
-async def open_site(root: Path, *names: str, forks: Forks | None = None) -> AsyncIterator[Site]:
+async def open_site(
+    root: Path, *names: str, forks: Forks | None = None, hypervisor: str = "embedded"
+) -> AsyncIterator[Site]:
     """Certificates, and everything ended on leaving: daemons, and every guest process that runs under *root*."""
     authority = root / "pki"
     authority.mkdir(parents=True)
@@ -116,9 +126,11 @@ async def open_site(root: Path, *names: str, forks: Forks | None = None) -> Asyn
     for name in names:
         pki.issue(authority, Identity(TRUST_DOMAIN, Role.HOST, name), ip_addresses=["127.0.0.1"])
     files = pki.issue(authority, Identity(TRUST_DOMAIN, Role.OPERATOR, "tester"))
+    if hypervisor == "qemu":
+        await trio.to_thread.run_sync(build_stress_guest, root)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(end_guests, root)
-        yield Site(root, stack, TlsFiles(files.ca, files.certificate, files.key), forks)
+        yield Site(root, stack, TlsFiles(files.ca, files.certificate, files.key), forks, hypervisor)
 
 
 def port_of(config: Path, interface: str) -> int:
@@ -176,11 +188,12 @@ async def _end(process: DaemonProcess) -> None:
         await process.wait()
 
 
-def _write_config(root: Path, path: Path, name: str) -> None:
+def _write_config(root: Path, path: Path, name: str, hypervisor: str) -> None:
     """Windows are short, so that a process which is stopped for a while misses them; journals are compacted early."""
     api, migration, bulk = _free_ports(3)
     path.write_text(
         f"""
+hypervisor = "{hypervisor}"
 [listen]
 api = "127.0.0.1:{api}"
 migration = "127.0.0.1:{migration}"
@@ -199,6 +212,8 @@ verdict_s = 3
 resume_window_s = 3
 [journal]
 compact_bytes = 8192
+[allow]
+paths = ["{root}"]
 """
     )
 

@@ -80,7 +80,7 @@ class Soak:
         async with open_site(root, *NAMES) as site:
             pair = Pair(site)
             await pair.start()
-            instance = await create_guest(pair.hosts["source"])
+            instance = await create_guest(pair)
             for number in range(self.migrations):
                 has_kills = number < self.migrations // 2
                 instance = await self._migrate(pair, number, _draw(chance, with_kills=has_kills), instance)
@@ -111,7 +111,7 @@ class Soak:
         if verdict.owner is None and not self.problems:
             self.problems += await clean(pair, instance)
             self.guests += 1
-            return await create_guest(pair.hosts["source"])
+            return await create_guest(pair)
         return instance
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -19,12 +21,14 @@ from tools.faults.pair import Pair
 from tools.faults.relay import Boundary, Damage, Relay, Side
 from tools.faults.site import HostProcess, guest_pids, port_of
 from vmmigrate.errors import VmMigrateError
+from vmmigrate.hypervisor.qemu.stress import VITALS_GPA, stress_append
 
 SETTLE_DEADLINE_S = 60.0
 TRIAL_DEADLINE_S = 240.0
 STOPPED_S = 5.0
 _POLL_S = 0.02
 _WORKING_SET_MIB = 2
+_EMBEDDED_PROGRAM = {"name": "stress", "working_set_mib": _WORKING_SET_MIB, "rate_pages_per_s": 1000}
 
 
 class Fault(StrEnum):
@@ -85,7 +89,7 @@ async def run_trial(pair: Pair, trial: Trial) -> Result:
 
 async def _run_trial(pair: Pair, trial: Trial) -> Result:
     begun = trio.current_time()
-    instance = await create_guest(pair.hosts["source"])
+    instance = await create_guest(pair)
     migration, relay = await migrate_under_fire(pair, trial, instance)
     verdict = await judge(pair, instance, migration, victim_of(trial) if relay.struck.is_set() else None)
     return Result(trial, relay.struck.is_set(), verdict, trio.current_time() - begun, dict(relay.records))
@@ -203,20 +207,39 @@ async def _is_settled(pair: Pair, migration: str, instance: str) -> bool:
     )
 
 
-async def create_guest(host: HostProcess) -> str:
+async def create_guest(pair: Pair) -> str:
     """A guest that has written its working set."""
-    instance = str(uuid.uuid4())
-    board = {"cpus": 1, "memory_mb": 8, "chipset": {"type": "i440_fx", "value": {"enable_pcie": False}}}
+    host, instance = pair.hosts["source"], str(uuid.uuid4())
+    is_qemu = pair.site.hypervisor == "qemu"
+    board = {
+        "cpus": 1,
+        "memory_mb": 16 if is_qemu else 8,
+        "chipset": {"type": "i440_fx", "value": {"enable_pcie": False}},
+    }
     components = {"com1": {"type": "serial_port", "component": {"num": "com1"}}}
     body = {
         "id": instance,
         "spec_version": "v3",
         "spec": {"board": board, "components": components, "smbios": None},
-        "program": {"name": "stress", "working_set_mib": _WORKING_SET_MIB, "rate_pages_per_s": 1000},
+        "program": _qemu_program(pair.site.kernel) if is_qemu else _EMBEDDED_PROGRAM,
         "start": True,
     }
     await host.client.post("/v1/instances", text=json.dumps(body))
     with trio.fail_after(SETTLE_DEADLINE_S):
-        while (await host.instance(instance))["guest"]["program"]["filled_pages"] < _WORKING_SET_MIB * 256:
+        while await _filled_pages(host, instance) < _WORKING_SET_MIB * 256:
             await trio.sleep(_POLL_S)
     return instance
+
+
+async def _filled_pages(host: HostProcess, instance: str) -> int:
+    """None yet, as long as a machine boots."""
+    return int((await host.instance(instance))["guest"]["program"].get("filled_pages", 0))
+
+
+def _qemu_program(kernel: Path) -> Mapping[str, Any]:
+    return {
+        "name": "kernel",
+        "kernel": str(kernel),
+        "append": stress_append(mem_mib=12, ws_mib=_WORKING_SET_MIB, rate=1),
+        "vitals_gpa": VITALS_GPA,
+    }

@@ -104,11 +104,11 @@ async def run_daemon(
 
 async def open_hypervisor(config: Config) -> Hypervisor:
     """The adapter that the configuration names. Raises: HypervisorError."""
+    directories = config.directories
+    options = {"witness_dir": directories.witness, **guest_deadlines(config)}
     if config.hypervisor == "embedded":
-        return await EmbeddedHypervisor.open(
-            config.directories.runtime, witness_dir=config.directories.witness, **guest_deadlines(config)
-        )
-    return await QemuHypervisor.open(config.directories.runtime, qemu_settings(config), **guest_deadlines(config))
+        return await EmbeddedHypervisor.open(directories.runtime, **options)
+    return await QemuHypervisor.open(directories.runtime, qemu_settings(config), **options)
 
 
 def qemu_settings(config: Config) -> QemuSettings:

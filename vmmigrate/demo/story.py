@@ -28,7 +28,8 @@ from vmmigrate.demo import daemons, guest
 from vmmigrate.demo.report import summary
 from vmmigrate.demo.site import DESTINATION, SOURCE, Site, make_site
 from vmmigrate.errors import HypervisorError, MigrationCancelled
-from vmmigrate.hypervisor.embedded.witness import check_single_owner, read_witnesses
+from vmmigrate.hypervisor.embedded.witness import read_witnesses
+from vmmigrate.hypervisor.intervals import check_single_owner
 from vmmigrate.net.threads import open_group
 
 _POLL_S: Final = 0.05

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -61,6 +62,7 @@ class QemuHypervisor:
         facts: QemuFacts,
         no_tracking: str,
         *,
+        witness_dir: Path | None = None,
         wrap_tracker: WrapTracker | None = None,
         request_deadline_s: float = REQUEST_DEADLINE_S,
         start_deadline_s: float = START_DEADLINE_S,
@@ -70,6 +72,7 @@ class QemuHypervisor:
         self.facts = facts
         self.capabilities = _capabilities(facts, no_tracking)
         self.wrap_tracker = wrap_tracker
+        self._witness_dir = witness_dir
         self._no_tracking = no_tracking
         self._request_deadline_s = request_deadline_s
         self._start_deadline_s = start_deadline_s
@@ -80,7 +83,8 @@ class QemuHypervisor:
         """Prepare *runtime_dir* and ask the QEMU of this host what it can do.
 
         Args:
-            options: `wrap_tracker`, `request_deadline_s`, `start_deadline_s`.
+            options: `witness_dir` (console output is written there and outlives its guests), `wrap_tracker`,
+                `request_deadline_s`, `start_deadline_s`.
 
         Raises:
             HypervisorError: `runtime_dir`, `qemu_missing`, `qemu_too_old`; `accelerator`: QEMU does not start with it.
@@ -92,6 +96,8 @@ class QemuHypervisor:
             oldest = ".".join(map(str, OLDEST_VERSION))
             text = f"{settings.binary} is QEMU {facts.version_text}, needed is {oldest} or later"
             raise HypervisorError(text, code="qemu_too_old")
+        if options.get("witness_dir") is not None:
+            await trio.Path(options["witness_dir"]).mkdir(parents=True, exist_ok=True)
         no_tracking = await trio.to_thread.run_sync(_why_no_tracking, settings)
         if no_tracking:
             log.warning("qemu.no_tracker", why=no_tracking, text="guests of this host run, and cannot be moved away")
@@ -113,7 +119,7 @@ class QemuHypervisor:
 
         library = None if self._no_tracking else tracker.library()
         launched = await trio.to_thread.run_sync(
-            launch.launch, self.runtime_dir, plan, arguments, library, limiter=self._threads
+            launch.launch, self.runtime_dir, self._witness_dir, plan, stamp, arguments, library, limiter=self._threads
         )
         guest = self._guest(plan, launched.watch, launched.files, launched.ram_fd)
         try:
@@ -126,7 +132,7 @@ class QemuHypervisor:
         return guest
 
     async def adopt(self, stamp: GuestStamp, plan: GuestPlan, process: GuestProcess) -> Guest | None:
-        files = QemuFiles(process.socket_path.parent)
+        files = self._files(process.socket_path)
         watch = await trio.to_thread.run_sync(processes.find, process.pid, process.start_ticks, limiter=self._threads)
         if watch is None:
             await trio.to_thread.run_sync(files.remove, limiter=self._threads)
@@ -146,6 +152,8 @@ class QemuHypervisor:
             if (found.instance_id, found.host_id) != (stamp.instance_id, stamp.host_id):
                 text = f"process {process.pid} is instance {found.instance_id} of host {found.host_id}"
                 raise HypervisorError(f"{text}, not {stamp.instance_id} of {stamp.host_id}", code="wrong_guest")
+            with self._in_time(plan.instance_id):
+                await guest.resume_care()
         except BaseException:
             guest.detach()
             raise
@@ -173,7 +181,7 @@ class QemuHypervisor:
 
     def _unknown(self, monitor: Path) -> QemuGuest | None:
         """A guest of which only the directory is known; what a dead one left behind is removed. Blocking."""
-        files = QemuFiles(monitor.parent)
+        files = self._files(monitor)
         pid = _pid_in(files.pid)
         started = None if pid is None else kernel.start_ticks_of(pid)
         watch = None if pid is None or started is None else processes.find(pid, started)
@@ -188,7 +196,7 @@ class QemuHypervisor:
         watch = await trio.to_thread.run_sync(processes.find, process.pid, process.start_ticks, limiter=self._threads)
         if watch is None:
             return False
-        guest = self._guest(_NO_PLAN, watch, QemuFiles(process.socket_path.parent), None)
+        guest = self._guest(_NO_PLAN, watch, self._files(process.socket_path), None)
         try:
             await guest.silence(epoch, record)
             return True
@@ -201,10 +209,13 @@ class QemuHypervisor:
 
     async def end_leftover(self, process: GuestProcess) -> bool:
         was_there = await trio.to_thread.run_sync(processes.end_process, process, limiter=self._threads)
-        files = QemuFiles(process.socket_path.parent)
+        files = self._files(process.socket_path)
         if files.directory.parent == self.runtime_dir:
             await trio.to_thread.run_sync(files.remove, limiter=self._threads)
         return was_there
+
+    def _files(self, monitor: Path) -> QemuFiles:
+        return QemuFiles(monitor.parent, self._witness_dir)
 
     def _guest(self, plan: GuestPlan, watch: processes.ProcessWatch, files: QemuFiles, ram_fd: int | None) -> QemuGuest:
         return QemuGuest(
@@ -223,7 +234,7 @@ class QemuHypervisor:
         Raises: HypervisorError: also `guest_start`: QEMU ended, with its reason.
         """
         layout = guest.plan.layout
-        ram = await guest.in_thread(_mapped, ram_fd, layout, writable)
+        ram = await _mapped(guest, ram_fd, writable)
         guest.attach_ram(ram, tracker.NoTracker("QEMU has not started"), tracks=False)
         try:
             facts = await inspecting.guest_facts(guest.ask, guest.plan, self.settings, self.facts)
@@ -262,9 +273,10 @@ class QemuHypervisor:
 _NO_PLAN: Final = GuestPlan("unknown", RamLayout.for_size(MIB), 1)
 
 
-def _mapped(ram_fd: int, layout: RamLayout, writable: bool) -> MappedRam:
+async def _mapped(guest: QemuGuest, ram_fd: int, writable: bool) -> MappedRam:
+    """Guest RAM; the descriptor belongs to it, and is closed when there is none."""
     try:
-        return MappedRam(ram_fd, layout, writable=writable)
+        return await guest.in_thread(partial(MappedRam, ram_fd, guest.plan.layout, writable=writable))
     except BaseException as exc:
         os.close(ram_fd)
         if isinstance(exc, (OSError, ValueError, HypervisorError)):

@@ -27,9 +27,14 @@ _PAGE_BYTES: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class QemuFiles:
-    """Paths in the directory of one QEMU."""
+    """Paths in the directory of one QEMU.
+
+    Attributes:
+        witness_dir: Where console output lies instead, and outlives the guest (`witness`).
+    """
 
     directory: Path
+    witness_dir: Path | None = None
 
     @property
     def monitor(self) -> Path:
@@ -69,17 +74,31 @@ class QemuFiles:
         """Which devices the guest has, and how large their state was."""
         return self.directory / "devices"
 
-    def keep_state(self, stream: bytes) -> None:
-        """Blocking. Whole or not at all, as seen by whoever comes after a crash of this daemon."""
+    @property
+    def unconfirmed(self) -> Path:
+        """Device state of a QEMU which has not said yet that it stands still."""
+        return self.directory / "state.unconfirmed"
+
+    def note_state(self, stream: bytes) -> None:
+        """Blocking. It counts once `confirm_state` was called, or the next daemon sees that QEMU stood still."""
         parsed = parse_stream(stream)
         known = {"labels": [device.label for device in parsed.devices], "bytes": len(stream)}
         _replace(self.devices, json.dumps(known).encode())
-        _replace(self.state, stream)
+        _replace(self.unconfirmed, stream)
+
+    def confirm_state(self) -> None:
+        """Blocking. Nothing happens when there is none to be confirmed."""
+        with contextlib.suppress(FileNotFoundError):
+            self.unconfirmed.replace(self.state)
 
     def forget_state(self) -> None:
+        """Before the guest goes on: what was saved is not its state any more. Blocking."""
+        self.unconfirmed.unlink(missing_ok=True)
         self.state.unlink(missing_ok=True)
 
     def output(self, port: str) -> Path:
+        if self.witness_dir is not None:
+            return self.witness_dir / f"{self.directory.name}.{port}.log"
         return self.directory / f"{port}.log"
 
     def keys(self, port: str) -> Path:
@@ -96,7 +115,7 @@ class QemuFiles:
 
 
 def _replace(path: Path, contents: bytes) -> None:
-    fresh = path.with_suffix(".new")
+    fresh = path.with_name(f"{path.name}.new")
     fresh.write_bytes(contents)
     fresh.replace(path)
 

@@ -34,7 +34,7 @@ from vmmigrate.hypervisor.base import (
 from vmmigrate.hypervisor.processes import ProcessWatch
 from vmmigrate.hypervisor.processguest import ProcessGuest
 from vmmigrate.hypervisor.qemu import files as consoles
-from vmmigrate.hypervisor.qemu import images, payloads, saving, stress, tracker
+from vmmigrate.hypervisor.qemu import images, payloads, saving, stress, tracker, witness
 from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.machine import STAMP_OBJECT
 from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError
@@ -45,6 +45,7 @@ from vmmigrate.memory import GIB, PAGE_SIZE
 _ASK_AGAIN_S: Final = 1.0
 _LOOK_AGAIN_S: Final = 0.005
 _SELF_CHECK_S_PER_GIB: Final = 120.0
+_PASSING: Final = frozenset({"finish-migrate", "save-vm"})  # QEMU leaves them by itself
 _LONGEST_INPUT_BYTES: Final = 4096
 _ANNOUNCEMENT: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  # milliseconds; QEMU's own defaults
 
@@ -237,8 +238,7 @@ class QemuGuest(ProcessGuest):
         if busy:
             memory = replace(memory, active=tuple(number for number in memory.active if number not in busy))
             await self._remember(memory)
-            names = ", ".join(self.plan.disks[number].backend_name for number in busy)
-            raise HypervisorError(f"backend {names}: open for writing elsewhere", code="backend_busy")
+            raise self._busy(busy)
         memory = replace(memory, is_open=True)
         await self._remember(memory)
         return memory
@@ -246,19 +246,48 @@ class QemuGuest(ProcessGuest):
     async def _save(self) -> None:
         """Device state in `saved`, the guest stopped, images inactive; or all as it was. Not given up half-way.
 
-        Raises: HypervisorError `pause_failed`.
+        Images are said to be closed before they are: what is open and said to be closed can be opened once more, but
+        QEMU aborts when it shall make an image inactive that is.
+
+        Raises: HypervisorError `pause_failed`, `flush_failed`, `backend_busy`.
         """
         memory = await self.recall()
         with trio.CancelScope(shield=True):
-            if not await self.in_thread(self._files.state.exists):
-                was_running = await self._run_state() == "running"
-                stream = await self._in_time(
-                    partial(saving.save, self.ask, self.qmp, self._files.outgoing, was_running=was_running), "save"
-                )
-                await self.in_thread(self._files.keep_state, stream)
-            elif memory.is_open:
-                await images.deactivate(self.ask)
-            await self._remember(replace(await self.recall(), is_open=False, active=()))
+            stands = await self.in_thread(self._files.state.exists)
+            if stands and not memory.is_open:
+                return
+            await self._remember(replace(memory, is_open=False, active=()))
+            try:
+                await (self._close_images() if stands else self._save_now())
+            except HypervisorError:
+                await self._remember(memory)
+                raise
+
+    async def _save_now(self) -> None:
+        was_running = await self._run_state() == "running"
+
+        async def note(stream: bytes) -> None:
+            await self.in_thread(self._files.note_state, stream)
+
+        save = partial(saving.save, self.ask, self.qmp, self._files.outgoing, note, was_running=was_running)
+        try:
+            await self._in_time(save, "save")
+        except BaseException:
+            await self.in_thread(self._files.forget_state)
+            raise
+        await self.in_thread(self._files.confirm_state)
+
+    async def _close_images(self) -> None:
+        for number in range(len(self.plan.disks)):
+            await images.activate(self.ask, self._files, number)
+        busy = await self.in_thread(images.not_held, self._locked, self.process.pid)
+        if busy:
+            raise self._busy(busy)
+        await images.deactivate(self.ask)
+
+    def _busy(self, disks: Sequence[int]) -> HypervisorError:
+        names = ", ".join(self.plan.disks[number].backend_name for number in disks)
+        return HypervisorError(f"backend {names}: open for writing elsewhere", code="backend_busy")
 
     # -- moving ----------------------------------------------------------------------------------------------------
 
@@ -326,7 +355,8 @@ class QemuGuest(ProcessGuest):
             for name, body in contents.items():
                 await self.in_thread(self._files.blob(blobs[name]).write_bytes, body)
             await self._load(joined)
-            await self.in_thread(self._files.keep_state, joined)
+            await self.in_thread(self._files.note_state, joined)
+            await self.in_thread(self._files.confirm_state)
             await self._remember(replace(memory, is_arriving=False, announces=True))
         return skipped
 
@@ -343,7 +373,9 @@ class QemuGuest(ProcessGuest):
         return await self.in_thread(consoles.read_history, self._files.output(self._num(port)), port)
 
     async def import_console_history(self, history: ConsoleHistory) -> None:
-        await self.in_thread(consoles.write_history, self._files.output(self._num(history.port)), history)
+        num = self._num(history.port)
+        await self.in_thread(witness.note_beginning, self._files, num, history.total_bytes)
+        await self.in_thread(consoles.write_history, self._files.output(num), history)
 
     async def console_input(self, port: str, keys: bytes) -> None:
         await self._check_not_given_away()
@@ -446,6 +478,22 @@ class QemuGuest(ProcessGuest):
                 return known.num
         listed = ", ".join(known.name for known in self.plan.serial_ports) or "none"
         raise HypervisorError(f"no serial port {port} (there are: {listed})", code="no_such_port")
+
+    async def resume_care(self) -> None:
+        """Complete a guest that was adopted: what its last daemon was about to note is noted.
+
+        Raises: HypervisorError.
+        """
+        while (state := await self._run_state()) in _PASSING:  # noqa: ASYNC110 (another process' state)
+            await trio.sleep(_LOOK_AGAIN_S)
+        if state == "postmigrate":
+            await self.in_thread(self._files.confirm_state)
+        elif state == "running":
+            await self.in_thread(self._files.forget_state)
+        memory = await self.recall()
+        held = bool(self._locked) and not await self.in_thread(images.not_held, self._locked, self.process.pid)
+        if (state == "running" or held) and not memory.is_open:
+            await self._remember(replace(memory, is_open=True, active=tuple(range(len(self.plan.disks)))))
 
     async def begin(self, memory: Remembered, *, keeps_images: bool) -> None:
         """Complete a guest that was just built: consoles, and images that are inactive until they are asked for.

@@ -20,8 +20,9 @@ from typing import Any, Final
 
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor import processes
-from vmmigrate.hypervisor.base import GuestPlan
+from vmmigrate.hypervisor.base import GuestPlan, GuestStamp
 from vmmigrate.hypervisor.processes import ProcessWatch
+from vmmigrate.hypervisor.qemu import witness
 from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.machine import FIRST_PIPE_FD, MONITOR_FD, RAM_FD
 from vmmigrate.hypervisor.qemu.tracker import RamIdentity
@@ -40,19 +41,26 @@ class Launched:
 
 
 def launch(
-    runtime_dir: Path, plan: GuestPlan, arguments: Callable[[QemuFiles], Sequence[str]], tracker: Path | None
+    runtime_dir: Path,
+    witness_dir: Path | None,
+    plan: GuestPlan,
+    stamp: GuestStamp,
+    arguments: Callable[[QemuFiles], Sequence[str]],
+    tracker: Path | None,
 ) -> Launched:
     """Start the QEMU of a guest in a session of its own.
 
     Args:
+        witness_dir: Where consoles are to outlive the guest.
         tracker: The library to load into it.
 
     Raises: HypervisorError `guest_start`; nothing is left behind.
     """
-    files = QemuFiles(runtime_dir / secrets.token_hex(processes.TOKEN_BYTES))
+    files = QemuFiles(runtime_dir / secrets.token_hex(processes.TOKEN_BYTES), witness_dir)
     try:
         files.directory.mkdir(mode=0o700)
         _make_files(plan, files)
+        witness.note_guest(files, stamp.instance_id, stamp.host_id)
         ram_fd = os.memfd_create("vmmigrate-ram", os.MFD_CLOEXEC)
         try:
             os.ftruncate(ram_fd, plan.layout.size_bytes)

@@ -33,10 +33,13 @@ _CALL_OFF_S: Final = 5.0
 Ask = Callable[..., Awaitable[Any]]
 
 
-async def save(ask: Ask, qmp: Qmp, path: Path, *, was_running: bool) -> bytes:
-    """Stop the guest, and give the state of all that is not shared memory. The caller sets the deadline, and shields.
+async def save(ask: Ask, qmp: Qmp, path: Path, note: Callable[[bytes], Awaitable[None]], *, was_running: bool) -> None:
+    """Stop the guest, and save the state of all that is not shared memory. The caller sets the deadline, and shields.
 
-    Returns: The stream; the run state is `postmigrate`.
+    Afterwards the run state is `postmigrate`.
+
+    Args:
+        note: Given the stream before QEMU is told that it was taken: from then on there is no other copy of it.
 
     Raises: HypervisorError `pause_failed`, or what *ask* raises, or cancelled: the guest is as it was, or the process
         is gone.
@@ -51,7 +54,7 @@ async def save(ask: Ask, qmp: Qmp, path: Path, *, was_running: bool) -> bytes:
             await ask("migrate", uri=f"unix:{path}")
             connection, _ = await listener.accept()
             with contextlib.closing(connection):
-                stream = await _receive(connection)
+                await note(await _receive(connection))
                 await connection.send(_LOADED)
                 await _expect_end(ask, qmp, seen)
                 await _wait_run_state(ask, "postmigrate")
@@ -60,7 +63,6 @@ async def save(ask: Ask, qmp: Qmp, path: Path, *, was_running: bool) -> bytes:
                 await _call_off(ask, was_running)
             raise
     await trio.Path(path).unlink(missing_ok=True)
-    return stream
 
 
 async def prepare_saving(ask: Ask) -> None:
