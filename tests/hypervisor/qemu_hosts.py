@@ -54,7 +54,8 @@ def plan_of(program: dict[str, Any] | None = None, *, ram_mib: int = RAM_MIB, **
 
 def plan_with_devices(root: Path, *, program: dict[str, Any] | None = None) -> GuestPlan:
     volume = root / "volume"
-    volume.write_bytes(bytes(16 * MIB))
+    if not volume.exists():  # a guest may have it open
+        volume.write_bytes(bytes(16 * MIB))
     return plan_of(
         program or stress_program(disk=True),
         serial_ports=(SerialPortPlan("console", "com1"), SerialPortPlan("aux", "com2")),

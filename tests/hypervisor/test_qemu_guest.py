@@ -1,0 +1,361 @@
+"""What the QEMU adapter promises beyond the conformance kit: daemons that die at any step, locks, refusals, power."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.hypervisor.qemu_daemon_under_test import STEPS
+from tests.hypervisor.qemu_hosts import (
+    INSTANCE,
+    QemuHosts,
+    plan_of,
+    plan_with_devices,
+    requires_qemu,
+    short_directory,
+    stress_program,
+)
+from vmmigrate.devices.payload import DevicePayload
+from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestProcess, GuestStamp, RunState
+from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_error, move, wait_heartbeats
+from vmmigrate.hypervisor.qemu.guest import QemuGuest
+from vmmigrate.hypervisor.qemu.stream import parse_stream
+
+pytestmark = requires_qemu
+
+REPOSITORY = Path(__file__).parents[2]
+RESUMES_BY_ITSELF = {"running", "tracking", "receiving", "noting"}
+
+
+@pytest.fixture
+def root() -> Iterator[Path]:
+    yield from short_directory()
+
+
+@pytest.fixture
+async def hosts(root: Path) -> AsyncIterator[QemuHosts]:
+    hosts = QemuHosts(root)
+    yield hosts
+    await hosts.close()
+
+
+def started(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY)
+
+
+async def first_line(process: subprocess.Popen[bytes]) -> bytes:
+    assert process.stdout is not None
+    with trio.fail_after(30):
+        return await trio.to_thread.run_sync(process.stdout.readline, abandon_on_cancel=True)
+
+
+async def running(hosts: QemuHosts, plan: GuestPlan | None = None) -> QemuGuest:
+    guest = await hosts.build(plan or plan_of())
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, 50)
+    return guest
+
+
+# --------------------------------------------------------------------------- a daemon that dies
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_guest_outlives_a_daemon_that_dies_at_any_step_of_the_pause(hosts: QemuHosts, step: str) -> None:
+    """Before QEMU stands still by itself it goes on when its daemon dies; from then on it stays paused, and what was
+    saved is there: it can be moved, and it can be undone."""
+    arguments = [sys.executable, "-m", "tests.hypervisor.qemu_daemon_under_test", str(hosts.root), step]
+    daemon = started(arguments)
+    try:
+        line = await first_line(daemon)
+        pid, start_ticks, path, beats = json.loads(line)
+    finally:
+        daemon.kill()
+        await trio.to_thread.run_sync(daemon.communicate)
+
+    hypervisor = await hosts.open()
+    plan = plan_with_devices(hosts.root)
+    process = GuestProcess(pid, start_ticks, Path(path))
+    guest = await hypervisor.adopt(GuestStamp(INSTANCE, "a", (1, 1), None), plan, process)
+
+    assert isinstance(guest, QemuGuest)
+    hosts.guests.append(guest)
+    if step in RESUMES_BY_ITSELF:
+        status = await wait_heartbeats(guest, beats + 50)
+        assert (status.run_state, status.backends_open, status.handoff) == (RunState.RUNNING, True, None)
+        await guest.pause_for_handoff("again")
+    await assert_still(guest)
+    status = await guest.status()
+    assert (status.run_state, status.backends_open) == (RunState.PAUSED, False)
+    assert status.handoff == ("again" if step in RESUMES_BY_ITSELF else "m")
+    other = await hosts.build(plan, "b", epoch=(1, 2), for_migration=True)
+    await move(guest, other)
+    await other.destroy()
+    await guest.run((1, 3))
+    await wait_heartbeats(guest, status.heartbeats + 50)
+    assert (await guest.self_check()).consistent
+
+
+async def test_a_paused_guest_is_saved_once_and_can_be_moved_again_and_again(hosts: QemuHosts) -> None:
+    """QEMU itself refuses to save a machine twice that has not run in between."""
+    guest = await running(hosts, plan_with_devices(hosts.root))
+    await guest.pause()
+
+    for migration in ("one", "two"):
+        await guest.pause_for_handoff(migration)
+        first = await guest.export_devices({})
+        await guest.open_backends((1, 1))
+        assert (await guest.status()).backends_open
+        assert await guest.export_devices({}) == first
+
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, (await guest.status()).heartbeats + 20)
+    await guest.pause_for_handoff("three")
+    assert await guest.export_devices({}) != first
+
+
+# --------------------------------------------------------------------------- a state that does not fit
+
+
+async def test_a_qemu_that_cannot_load_the_state_says_why_and_the_source_goes_on(hosts: QemuHosts) -> None:
+    source = await running(hosts)
+    await source.pause_for_handoff("m")
+    payloads = list(await source.export_devices({}))
+    cpu = next(n for n, payload in enumerate(payloads) if payload.instance_name == "cpu")
+    body = payloads[cpu].body
+    payloads[cpu] = DevicePayload("cpu", payloads[cpu].kind, 1, body[:60] + bytes(8) + body[68:-500] + body[-492:])
+    destination = await hosts.build(source.plan, "b", epoch=(1, 2), for_migration=True)
+    copy_ram(source, destination)
+
+    error = await expect_error("device_load_failed", destination.import_devices(payloads))
+
+    assert "load" in error.text
+    with trio.fail_after(10):
+        await destination.wait_exit()
+    await source.run((1, 3))
+    await wait_heartbeats(source, (await source.status()).heartbeats + 20)
+
+
+async def test_what_is_told_of_a_guest_is_what_qemu_made(hosts: QemuHosts) -> None:
+    """Facts differ where machines differ: processors, devices, RAM, and the files that it boots from."""
+    plan = plan_with_devices(hosts.root)
+    guest = await hosts.build(plan)
+    same = await hosts.build(plan, "b", for_migration=True)
+    moved_disk = replace(plan.disks[0], pci_path=(0, 9, 0))
+    others = {
+        "device_tree": replace(plan, disks=(moved_disk, plan.disks[1])),
+        "cpu_features": replace(
+            plan, like={"hypervisor": "qemu", "cpu_model": "Nehalem", "machine_type": "pc-i440fx-7.2"}
+        ),
+        "ram_blocks": replace(plan_of(ram_mib=40), disks=plan.disks, nics=plan.nics, serial_ports=plan.serial_ports),
+    }
+
+    assert same.facts == guest.facts
+    for fact, other in others.items():
+        built = await hosts.build(other, "b", for_migration=True)
+        assert built.facts[fact] != guest.facts[fact]
+
+
+# --------------------------------------------------------------------------- who may write
+
+
+async def test_a_guest_whose_ram_another_process_may_write_is_not_moved(hosts: QemuHosts) -> None:
+    """Writes through another mapping leave no marks: what cannot be tracked is refused by the writer's number."""
+    guest = await running(hosts)
+    script = (
+        "import mmap, os, sys; f = os.open(sys.argv[1], os.O_RDWR); m = mmap.mmap(f, 4096); print(flush=True); input()"
+    )
+    writer = started([sys.executable, "-c", script, f"/proc/{guest.process.pid}/fd/10"])
+    try:
+        await first_line(writer)
+        error = await expect_error("not_migratable", guest.list_payloads())
+        assert str(writer.pid) in error.text
+    finally:
+        writer.kill()
+        await trio.to_thread.run_sync(writer.communicate)
+    assert await guest.list_payloads()
+
+
+async def test_a_disk_that_is_open_elsewhere_is_not_opened_and_nothing_else_is(hosts: QemuHosts) -> None:
+    plan = plan_with_devices(hosts.root)
+    second = hosts.root / "second"
+    second.write_bytes(bytes(1 << 20))
+    disks = (
+        *plan.disks,
+        DiskPlan("disk-2", "virtio", "disk-2-backend", "file", False, {"path": str(second)}, (0, 6, 0)),
+    )
+    guest = await hosts.build(replace(plan, disks=disks))
+    holder = started(["qemu-io", "-f", "raw", str(second)])
+    try:
+        assert holder.stdin is not None
+        holder.stdin.write(b"write 0 512\n")
+        holder.stdin.flush()
+        await first_line(holder)
+        error = await expect_error("backend_busy", guest.run((1, 1)))
+        assert "disk-2-backend" in error.text
+        assert not (await guest.status()).backends_open
+    finally:
+        holder.kill()
+        await trio.to_thread.run_sync(holder.communicate)
+
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, 20)
+
+
+async def test_a_host_without_the_tracker_runs_guests_and_says_why_they_stay(hosts: QemuHosts) -> None:
+    hypervisor = await hosts.open("c", settings={"use_tracker": False})
+    assert hypervisor.capabilities.dirty_tracking == "none"
+    assert "without it" in hypervisor.capabilities.dirty_tracking_reason
+    guest = await hosts.build(plan_of(), "c", settings={"use_tracker": False})
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, 20)
+
+    error = await expect_error("not_migratable", guest.list_payloads())
+
+    assert "without it" in error.text
+    await expect_error("dirty_tracking", guest.start_tracking())
+
+
+async def test_a_qemu_that_was_started_without_the_tracker_is_noticed_when_it_is_adopted(hosts: QemuHosts) -> None:
+    guest = await hosts.build(plan_of(), "a", settings={"use_tracker": False})
+    guest.detach()
+
+    adopted = await (await hosts.open("a")).adopt(GuestStamp(INSTANCE, "a", (1, 1), None), guest.plan, guest.process)
+
+    assert isinstance(adopted, QemuGuest)
+    hosts.guests.append(adopted)
+    error = await expect_error("not_migratable", adopted.list_payloads())
+    assert "did not register it" in error.text
+
+
+# --------------------------------------------------------------------------- power
+
+
+async def test_a_guest_that_powers_itself_off_is_told_and_its_process_stays(hosts: QemuHosts) -> None:
+    guest = await running(hosts)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.wait_power_off)
+        await guest.console_input("console", b"p")
+        with trio.fail_after(10):
+            while guest_runs := (await guest.status()).run_state is RunState.RUNNING:
+                await trio.sleep(0.01)
+    assert not guest_runs
+
+    await expect_error("guest_powered_off", guest.pause_for_handoff("m"))
+    await guest.run((1, 1))  # stays off, and that is no error
+    assert (await guest.status()).run_state is RunState.PAUSED
+    os.kill(guest.process.pid, 0)
+
+
+async def test_a_reboot_begins_anew_and_is_refused_once_the_guest_is_given_away(hosts: QemuHosts) -> None:
+    guest = await running(hosts)
+    before = await wait_heartbeats(guest, 300)
+
+    await guest.reboot()
+
+    with trio.fail_after(10):
+        while (await guest.status()).heartbeats >= before.heartbeats:
+            await trio.sleep(0.005)
+    await wait_heartbeats(guest, 50)
+    await guest.pause_for_handoff("m")
+    await expect_error("guest_paused_for_handoff", guest.reboot())
+    await expect_error("guest_paused_for_handoff", guest.console_input("console", b"v"))
+
+
+async def test_a_check_that_finds_a_changed_page_names_it(hosts: QemuHosts) -> None:
+    guest = await running(hosts)
+    await guest.console_input("console", b"d")
+
+    verdict = await guest.self_check()
+
+    assert not verdict.consistent
+    assert verdict.first_bad_page is not None
+
+
+# --------------------------------------------------------------------------- what is left
+
+
+async def test_a_build_that_fails_says_what_qemu_said_and_leaves_nothing(hosts: QemuHosts) -> None:
+    gone = DiskPlan("disk-0", "virtio", "b", "file", False, {"path": str(hosts.root / "no-such-file")}, (0, 4, 0))
+    hypervisor = await hosts.open()
+    before = set(os.listdir("/proc/self/fd"))
+
+    error = await expect_error(
+        "guest_start",
+        hypervisor.build(
+            replace(plan_of(), disks=(gone,)), GuestStamp(INSTANCE, "a", (1, 1), None), for_migration=False
+        ),
+    )
+
+    assert "no-such-file" in error.text
+    assert list(hypervisor.runtime_dir.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+async def test_a_cancelled_build_leaves_nothing_whenever_it_comes(hosts: QemuHosts) -> None:
+    hypervisor = await hosts.open()
+    before, children = len(os.listdir("/proc/self/fd")), _children()
+
+    for milliseconds in (0, 1, 5, 15, 30, 60):
+        with trio.move_on_after(milliseconds / 1000):
+            guest = await hypervisor.build(plan_of(), GuestStamp(INSTANCE, "a", (1, 1), None), for_migration=False)
+            await guest.destroy()
+        assert list(hypervisor.runtime_dir.iterdir()) == []
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert _children() <= children
+
+
+def _children() -> set[str]:
+    return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+async def test_a_daemons_own_descriptors_are_not_inherited(hosts: QemuHosts) -> None:
+    """A shell that waits for all writers of a pipe to end must not wait for a guest."""
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    try:
+        guest = await hosts.build(plan_of())
+        pipe = os.readlink(f"/proc/self/fd/{writing}")
+        held = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{guest.process.pid}/fd")]
+        assert pipe not in held
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+async def test_a_killed_qemu_leaves_files_that_are_cleared_away_when_they_are_found(hosts: QemuHosts) -> None:
+    guest = await hosts.build(plan_of())
+    guest.detach()
+    os.kill(guest.process.pid, signal.SIGKILL)
+    await trio.to_thread.run_sync(os.waitpid, guest.process.pid, 0)
+    hypervisor = await hosts.open()
+    assert list(hypervisor.runtime_dir.iterdir())
+
+    assert await hypervisor.find_others(()) == []
+
+    assert list(hypervisor.runtime_dir.iterdir()) == []
+
+
+async def test_saved_state_is_cut_into_the_devices_of_the_machine(hosts: QemuHosts) -> None:
+    guest = await running(hosts, plan_with_devices(hosts.root))
+    listed = {item.instance_name for item in await guest.list_payloads()}
+    assert {"cpu", "0000:00:04.0/virtio-blk", "0000:00:05.0/virtio-blk", "0000:00:08.0/virtio-net"} <= listed
+
+    await guest.pause_for_handoff("m")
+
+    stream = parse_stream(guest._files.state.read_bytes())
+    assert stream.machine_type == "pc-i440fx-7.2"
+    assert {device.label for device in stream.devices} < listed
+    assert [block.size_bytes for block in stream.blocks if block.name == "pc.ram"] == [guest.plan.layout.size_bytes]
+
+
+def test_stress_programs_name_a_kernel_that_is_there() -> None:
+    assert Path(str(stress_program()["kernel"])).exists()
