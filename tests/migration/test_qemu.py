@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
-from typing import Any
 
+import pytest
 import trio
 
-from tests.hypervisor.qemu_hosts import requires_qemu, stress_kernel, stress_program
+from tests.hypervisor.qemu_hosts import requires_qemu
 from tests.migration.fleet import (
-    Fleet,
     RunningHost,
     check,
     create,
@@ -19,74 +19,124 @@ from tests.migration.fleet import (
     wait_heartbeats,
     witnesses,
 )
-from vmmigrate.memory import MIB
+from tests.migration.qemu_fleet import VNIC, create_ready, machine, start
+from vmmigrate.hypervisor.base import RunState
 
 pytestmark = requires_qemu
 
-QEMU = 'network = "user"'
 
-
-async def start(fleet: Fleet, name: str, **options: Any) -> RunningHost:
-    allow = f'paths = ["{stress_kernel().parent}", "{fleet.root}"]'
-    return await fleet.start(name, qemu=options.pop("qemu", QEMU), allow=allow, **options)
-
-
-def machine(root: Path, **components: Any) -> dict[str, Any]:
-    """A machine with a disk that is a file of both hosts, and a NIC."""
-    disk = root / "disk.img"
-    if not disk.exists():
-        disk.write_bytes(bytes(16 * MIB))
-    return spec_v3(
-        disk0={"type": "virtio_disk", "component": {"backend_id": "file0", "pci_path": pci(4)}},
-        file0={
-            "type": "file_storage_backend",
-            "component": {"path": str(disk), "readonly": False, "block_size": 512, "workers": None},
-        },
-        nic0={
-            "type": "virtio_nic",
-            "component": {
-                "backend_id": "vnic0",
-                "interface_id": "6f5e0c1a-9b7d-4e2f-8a3c-000200000001",
-                "pci_path": pci(8),
-            },
-        },
-        vnic0={"type": "virtio_network_backend", "component": {"vnic_name": "vnic0"}},
-        **components,
-    )
-
-
-def pci(device: int, function: int = 0) -> dict[str, int]:
-    return {"bus": 0, "device": device, "function": function}
-
-
-VNIC = '{"vnic0": {"component": "VirtioNetworkBackend", "spec": {"vnic_name": "vnic1"}}}'
-
-
-async def wait_ready(host: RunningHost, instance: str) -> None:
-    """Until the stress guest has filled its memory and beats."""
-    with trio.fail_after(30):
-        while (await host.guest(instance).status()).program.get("state") != 2:
-            await trio.sleep(0.01)
-    await wait_heartbeats(host, instance)
-
-
-async def test_a_qemu_guest_moves_and_is_as_it_was(tmp_path: Path) -> None:
+async def test_a_qemu_guest_moves_there_and_back_and_is_as_it_was(tmp_path: Path) -> None:
+    """Memory, the disk that both hosts reach, the console; and nobody but its owner wrote a byte."""
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
-        program = stress_program(mem_mib=56, ws_mib=8, rate=10, disk=True)
-        instance = await create(alpha, machine(tmp_path), program=program)
-        await wait_ready(alpha, instance)
+        instance = await create_ready(alpha, machine(tmp_path), disk=True)
 
-        record = await migrate(alpha, beta, instance, verify="full", replacements=VNIC)
+        for source, destination in ((alpha, beta), (beta, alpha)):
+            record = await migrate(source, destination, instance, verify="full", replacements=VNIC)
 
-        assert record["outcome"] == "moved", record
-        assert record["digest"]["source"] == record["digest"]["destination"] != ""
-        await wait_heartbeats(beta, instance, 300)
-        verdict = await check(beta, instance)
-        assert verdict["consistent"], verdict
-        program_seen = (await beta.guest(instance).status()).program
-        assert program_seen["disk_read_backs"] > 0
-        assert program_seen["disk_failures"] == 0
+            assert record["outcome"] == "moved", record
+            assert record["digest"]["source"] == record["digest"]["destination"] != ""
+            assert record["negotiated"]["page_source"] == "tracker"
+            await wait_heartbeats(destination, instance, 300)
+            verdict = await check(destination, instance)
+            assert verdict["consistent"], verdict
+            assert verdict["heartbeat"] is None
+            seen = (await destination.guest(instance).status()).program
+            assert (seen["disk_read_backs"] > 0, seen["disk_failures"]) == (True, 0)
         owners = witnesses(fleet, instance)
         assert owners.single, owners.problems
-        assert owners.hosts == ("alpha", "beta")
+        assert owners.hosts == ("alpha", "beta", "alpha")
+        await wait_hashed_again(beta, record["migration_id"])
+
+
+async def wait_hashed_again(source: RunningHost, migration: str) -> None:
+    """The RAM that stayed behind was as it was sent: no write was missed."""
+    with trio.fail_after(20):
+        while (found := (await source.record(migration))["integrity"]["rehash"]) == "pending":
+            await trio.sleep(0.02)
+    assert found == "equal"
+
+
+@pytest.mark.parametrize("transport", ["sealed", "tls"])
+async def test_each_transport_carries_a_qemu_guest(tmp_path: Path, transport: str) -> None:
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        hosts = [await start(fleet, name, limits=f'[bulk]\ntransports = ["{transport}"]') for name in ("alpha", "beta")]
+        instance = await create_ready(hosts[0], spec_v3())
+
+        record = await migrate(*hosts, instance)
+
+        assert (record["outcome"], record["negotiated"]["transport"]) == ("moved", transport)
+        await wait_heartbeats(hosts[1], instance)
+        assert (await check(hosts[1], instance))["consistent"]
+
+
+async def test_memory_that_was_never_touched_is_neither_sent_nor_there_afterwards(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        instance = await create_ready(alpha, spec_v3(), mem_mib=16)
+        touched = alpha.guest(instance).ram.populated().count()
+
+        record = await migrate(alpha, beta, instance)
+
+        assert record["ram"]["hole_bytes"] > 40 << 20
+        assert touched < 20 * 256
+        assert beta.guest(instance).ram.populated().count() <= touched + 64
+
+
+async def test_a_paused_guest_arrives_paused_and_moves_on_before_it_has_run(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path, "alpha", "beta", "gamma") as fleet:
+        hosts = [await start(fleet, name) for name in ("alpha", "beta", "gamma")]
+        instance = await create_ready(hosts[0], spec_v3())
+        await hosts[0].client.post(f"/v1/instances/{instance}:pause")
+        beats = (await hosts[0].guest(instance).status()).heartbeats
+
+        for source, destination in itertools.pairwise(hosts):
+            assert (await migrate(source, destination, instance))["outcome"] == "moved"
+            status = await destination.guest(instance).status()
+            assert (status.run_state, status.heartbeats) == (RunState.PAUSED, beats)
+
+        await hosts[2].client.post(f"/v1/instances/{instance}:start")
+        await wait_heartbeats(hosts[2], instance)
+        assert (await check(hosts[2], instance))["consistent"]
+
+
+async def test_the_consoles_history_travels_and_goes_on(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        instance = await create_ready(alpha, spec_v3())
+
+        assert (await migrate(alpha, beta, instance))["outcome"] == "moved"
+
+        await wait_heartbeats(beta, instance, 100)
+        history = await beta.guest(instance).console_history("com1")
+        letters = (history.beginning + history.rolling).partition(b"<READY>\n")[2]
+        assert len(letters) > 150
+        assert all((after - before) % 26 == 1 for before, after in itertools.pairwise(letters))
+
+
+async def test_a_restarted_daemon_finds_its_qemu_guest_and_moves_it(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        instance = await create_ready(alpha, machine(tmp_path), disk=True)
+        await alpha.stop()
+        alpha = await start(fleet, "alpha")
+
+        assert (await alpha.instance(instance))["state"] == "running"
+        assert (await migrate(alpha, beta, instance, replacements=VNIC))["outcome"] == "moved"
+
+        await wait_heartbeats(beta, instance)
+        assert (await check(beta, instance))["consistent"]
+        owners = witnesses(fleet, instance)
+        assert owners.single, owners.problems
+
+
+async def test_an_instance_that_boots_from_its_disk_needs_no_program(tmp_path: Path) -> None:
+    """Nothing is on the disk: the firmware says so, and the machine moves as it is."""
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        instance = await create(alpha, machine(tmp_path))
+
+        record = await migrate(alpha, beta, instance, replacements=VNIC)
+
+        assert record["outcome"] == "moved", record
+        assert (await beta.instance(instance))["state"] == "running"

@@ -130,6 +130,7 @@ async def load(qmp: Qmp, path: Path, stream: bytes) -> None:
         left = memoryview(stream)
         while left:
             left = left[await connection.send(left) :]
+        connection.shutdown(socket.SHUT_WR)  # a stream that lacks something fails now, instead of being waited for
         event = await qmp.wait_event("MIGRATION", seen, lambda data: data.get("status") in _OVER)
     if event.data["status"] != "completed":
         raise HypervisorError("QEMU did not load the device state", code="device_load_failed")

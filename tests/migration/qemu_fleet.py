@@ -1,0 +1,66 @@
+"""QEMU guests on the hosts of a fleet: specs, programs, and waiting for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from tests.hypervisor.qemu_hosts import stress_kernel, stress_program
+from tests.migration.fleet import Fleet, RunningHost, create, spec_v3, wait_heartbeats
+from vmmigrate.memory import MIB
+
+QEMU = 'network = "user"'
+
+
+async def start(fleet: Fleet, name: str, **options: Any) -> RunningHost:
+    allow = f'paths = ["{stress_kernel().parent}", "{fleet.root}"]'
+    return await fleet.start(name, qemu=options.pop("qemu", QEMU), allow=allow, **options)
+
+
+def machine(root: Path, **components: Any) -> dict[str, Any]:
+    """A machine with a disk that is a file of both hosts, and a NIC."""
+    disk = root / "disk.img"
+    if not disk.exists():
+        disk.write_bytes(bytes(16 * MIB))
+    return spec_v3(
+        disk0={"type": "virtio_disk", "component": {"backend_id": "file0", "pci_path": pci(4)}},
+        file0={
+            "type": "file_storage_backend",
+            "component": {"path": str(disk), "readonly": False, "block_size": 512, "workers": None},
+        },
+        nic0={
+            "type": "virtio_nic",
+            "component": {
+                "backend_id": "vnic0",
+                "interface_id": "6f5e0c1a-9b7d-4e2f-8a3c-000200000001",
+                "pci_path": pci(8),
+            },
+        },
+        vnic0={"type": "virtio_network_backend", "component": {"vnic_name": "vnic0"}},
+        **components,
+    )
+
+
+def pci(device: int, function: int = 0) -> dict[str, int]:
+    return {"bus": 0, "device": device, "function": function}
+
+
+VNIC = '{"vnic0": {"component": "VirtioNetworkBackend", "spec": {"vnic_name": "vnic1"}}}'
+
+
+async def wait_ready(host: RunningHost, instance: str) -> None:
+    """Until the stress guest has filled its memory and beats."""
+    with trio.fail_after(30):
+        while (await host.guest(instance).status()).program.get("state") != 2:
+            await trio.sleep(0.01)
+    await wait_heartbeats(host, instance)
+
+
+async def create_ready(host: RunningHost, spec: dict[str, Any], *, mem_mib: int = 56, **program: Any) -> str:
+    """A stress guest that beats, with all of its memory filled; its id."""
+    chosen = {"ws_mib": 8, "rate": 10, **program}
+    instance = await create(host, spec, program=stress_program(mem_mib=mem_mib, **chosen))
+    await wait_ready(host, instance)
+    return instance
