@@ -33,11 +33,11 @@ def stop_at(step: str, say: Any) -> None:
     if step == "receiving":
         saving._receive = for_ever
     elif step == "noting":
-        QemuFiles.note_state = for_ever_in_thread  # type: ignore[method-assign]
+        QemuFiles.keep_state = for_ever_in_thread  # type: ignore[method-assign]
     elif step == "told":
         saving._expect_end = for_ever
     elif step == "standing":
-        QemuFiles.confirm_state = for_ever_in_thread  # type: ignore[method-assign]
+        saving._wait_run_state = for_ever
 
 
 async def main(root: Path, step: str) -> None:

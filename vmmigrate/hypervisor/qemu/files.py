@@ -18,7 +18,7 @@ from typing import Final
 from vmmigrate.errors import PayloadError
 from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import ConsoleHistory
-from vmmigrate.hypervisor.qemu.stream import parse_stream
+from vmmigrate.hypervisor.qemu.stream import DeviceStream
 
 HISTORY_BYTES: Final = 1 << 20
 _PUNCHED_FROM_BYTES: Final = 8 << 20
@@ -66,7 +66,7 @@ class QemuFiles:
 
     @property
     def state(self) -> Path:
-        """Device state of the guest while it stands still after it was saved."""
+        """Device state as it was saved, or loaded, the last time."""
         return self.directory / "state"
 
     @property
@@ -74,27 +74,14 @@ class QemuFiles:
         """Which devices the guest has, and how large their state was."""
         return self.directory / "devices"
 
-    @property
-    def unconfirmed(self) -> Path:
-        """Device state of a QEMU which has not said yet that it stands still."""
-        return self.directory / "state.unconfirmed"
+    def keep_state(self, stream: bytes) -> None:
+        """Blocking. Whether it is the state of the guest is for the run state of QEMU to say, and for `Remembered`."""
+        _replace(self.state, stream)
 
-    def note_state(self, stream: bytes) -> None:
-        """Blocking. It counts once `confirm_state` was called, or the next daemon sees that QEMU stood still."""
-        parsed = parse_stream(stream)
-        known = {"labels": [device.label for device in parsed.devices], "bytes": len(stream)}
+    def keep_devices(self, stream: DeviceStream, size_bytes: int) -> None:
+        """Note which devices a guest has, from its first saved state. Blocking."""
+        known = {"labels": [device.label for device in stream.devices], "bytes": size_bytes}
         _replace(self.devices, json.dumps(known).encode())
-        _replace(self.unconfirmed, stream)
-
-    def confirm_state(self) -> None:
-        """Blocking. Nothing happens when there is none to be confirmed."""
-        with contextlib.suppress(FileNotFoundError):
-            self.unconfirmed.replace(self.state)
-
-    def forget_state(self) -> None:
-        """Before the guest goes on: what was saved is not its state any more. Blocking."""
-        self.unconfirmed.unlink(missing_ok=True)
-        self.state.unlink(missing_ok=True)
 
     def output(self, port: str) -> Path:
         if self.witness_dir is not None:

@@ -1,7 +1,7 @@
 """One guest in QEMU, as its daemon sees it.
 
-What changes its run state or its images goes one at a time. `saved` is the file that tells that the guest stands still
-since its device state was saved (or loaded): QEMU cannot save it twice without having run, and need not.
+What changes its run state or its images goes one at a time. The device state of a guest that stands still since it was
+saved, or loaded, lies in a file: QEMU cannot save it twice without having run in between, and need not.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class QemuGuest(ProcessGuest):
         self._request_deadline_s = request_deadline_s
         self._facts: Mapping[str, str] = {}
         self._memory: Remembered | None = None
+        self._booted_ns: int | None = None
         self._acts = trio.Lock()
 
     @property
@@ -130,20 +131,20 @@ class QemuGuest(ProcessGuest):
     async def run(self, epoch: Epoch) -> None:
         async with self._acts:
             memory = await self._claim(epoch)
-            if memory.is_arriving:
-                text = f"guest {self.plan.instance_id}: its devices have not been imported"
-                raise HypervisorError(text, code="not_imported")
-            state = await self._run_state()
-            if state in {"running", "shutdown"}:
+            self._check_imported(memory)
+            if await self._run_state() in {"running", "shutdown"}:
                 return
             memory = await self._opened(memory)
-            announces = memory.announces
-            await self._remember(replace(memory, ran=epoch, handoff=None, announces=False))
-            await self.in_thread(self._files.forget_state)
+            await self._remember(replace(memory, ran=epoch, handoff=None, has_loaded=False, announces=False))
             await self._continue()
-            if announces and self.plan.nics:
+            if memory.announces and self.plan.nics:
                 with contextlib.suppress(QmpError):
                     await self.ask("announce-self", **_ANNOUNCEMENT)
+
+    def _check_imported(self, memory: Remembered) -> None:
+        if memory.is_arriving:
+            text = f"guest {self.plan.instance_id}: its devices have not been imported"
+            raise HypervisorError(text, code="not_imported")
 
     async def _continue(self) -> None:
         try:
@@ -158,7 +159,7 @@ class QemuGuest(ProcessGuest):
     async def reboot(self) -> None:
         async with self._acts:
             await self._check_not_given_away()
-            await self.in_thread(self._files.forget_state)
+            await self._remember(replace(await self.recall(), has_loaded=False))
             await self.ask("system_reset")
 
     async def wait_power_off(self) -> None:
@@ -175,21 +176,19 @@ class QemuGuest(ProcessGuest):
 
     async def pause_for_handoff(self, migration_id: str) -> None:
         async with self._acts:
-            if await self._run_state() == "shutdown":
+            state = await self._run_state()
+            if state == "shutdown":
                 text = f"guest {self.plan.instance_id} has powered itself off"
                 raise HypervisorError(text, code="guest_powered_off")
-            memory = await self.recall()
-            await self._remember(replace(memory, handoff=migration_id))
-            await self._save()
+            await self._save(replace(await self.recall(), handoff=migration_id), state)
 
     async def silence(self, epoch: Epoch, record: int) -> None:
         async with self._acts:
             memory = await self.recall()
-            await self._remember(
-                replace(memory, seen=max(memory.seen, epoch), last_record=max(memory.last_record, record))
-            )
+            silenced = replace(memory, seen=max(memory.seen, epoch), last_record=max(memory.last_record, record))
+            await self._remember(silenced)  # before anything that may fail
             await self.ask("stop")
-            await self._save()
+            await self._save(silenced, await self._run_state())
 
     async def _check_not_given_away(self) -> None:
         memory = await self.recall()
@@ -212,82 +211,69 @@ class QemuGuest(ProcessGuest):
     async def open_backends(self, epoch: Epoch) -> None:
         async with self._acts:
             memory = await self._claim(epoch)
-            if memory.is_arriving:
-                text = f"guest {self.plan.instance_id}: its devices have not been imported"
-                raise HypervisorError(text, code="not_imported")
+            self._check_imported(memory)
             await self._opened(memory)
 
     async def close_backends(self) -> None:
         async with self._acts:
             await self._check_still()
-            if (await self.recall()).is_open:
-                await self._save()
+            memory = await self.recall()
+            if memory.is_open:
+                await self._save(memory, await self._run_state())
 
     async def _opened(self, memory: Remembered) -> Remembered:
         """Images active; what is remembered then. Raises: HypervisorError `backend_busy`, `backend_unavailable`."""
         if memory.is_open:
             return memory
-        disks = range(len(self.plan.disks))
-        await self.in_thread(images.check_free, self._locked, self.plan, self.process.pid)
-        for number in disks:
-            if number not in memory.active:
-                await images.activate(self.ask, self._files, number)
-                memory = replace(memory, active=(*memory.active, number))
-                await self._remember(memory)
-        busy = await self.in_thread(images.not_held, self._locked, self.process.pid)
-        if busy:
-            memory = replace(memory, active=tuple(number for number in memory.active if number not in busy))
-            await self._remember(memory)
-            raise self._busy(busy)
+        await self._activate_all()
         memory = replace(memory, is_open=True)
         await self._remember(memory)
         return memory
 
-    async def _save(self) -> None:
-        """Device state in `saved`, the guest stopped, images inactive; or all as it was. Not given up half-way.
+    async def _activate_all(self) -> None:
+        """What is active stays so. Raises: as `_opened`; some images may be active then, and are locked."""
+        failure = None
+        try:
+            for number in range(len(self.plan.disks)):
+                await images.activate(self.ask, number)
+        except HypervisorError as exc:
+            if exc.code != "backend_unavailable":
+                raise
+            failure = exc
+        busy = await self.in_thread(images.not_held, self._locked, self.process.pid) if self._locked else []
+        if failure is not None and not busy:
+            raise failure
+        if busy:
+            names = ", ".join(self.plan.disks[number].backend_name for number in busy)
+            raise HypervisorError(f"backend {names}: open for writing elsewhere", code="backend_busy") from failure
 
-        Images are said to be closed before they are: what is open and said to be closed can be opened once more, but
-        QEMU aborts when it shall make an image inactive that is.
+    async def _save(self, memory: Remembered, state: str) -> None:
+        """The file `state` is the guest's state, images are inactive, and *memory* is remembered; or all is as it was.
+
+        Not given up half-way. Images are said to be closed before they are: what is open and said to be closed can be
+        opened once more, but QEMU aborts when it shall make an image inactive that is.
 
         Raises: HypervisorError `pause_failed`, `flush_failed`, `backend_busy`.
         """
-        memory = await self.recall()
+        before = await self.recall()
         with trio.CancelScope(shield=True):
-            stands = await self.in_thread(self._files.state.exists)
-            if stands and not memory.is_open:
-                return
-            await self._remember(replace(memory, is_open=False, active=()))
+            await self._remember(replace(memory, is_open=False))
             try:
-                await (self._close_images() if stands else self._save_now())
+                if not _stands(memory, state):
+                    await self._save_now(was_running=state == "running")
+                elif memory.is_open:
+                    await self._activate_all()  # all of them, for certain
+                    await images.deactivate(self.ask)
             except HypervisorError:
-                await self._remember(memory)
+                await self._remember(before)
                 raise
 
-    async def _save_now(self) -> None:
-        was_running = await self._run_state() == "running"
-
+    async def _save_now(self, *, was_running: bool) -> None:
         async def note(stream: bytes) -> None:
-            await self.in_thread(self._files.note_state, stream)
+            await self.in_thread(self._files.keep_state, stream)
 
         save = partial(saving.save, self.ask, self.qmp, self._files.outgoing, note, was_running=was_running)
-        try:
-            await self._in_time(save, "save")
-        except BaseException:
-            await self.in_thread(self._files.forget_state)
-            raise
-        await self.in_thread(self._files.confirm_state)
-
-    async def _close_images(self) -> None:
-        for number in range(len(self.plan.disks)):
-            await images.activate(self.ask, self._files, number)
-        busy = await self.in_thread(images.not_held, self._locked, self.process.pid)
-        if busy:
-            raise self._busy(busy)
-        await images.deactivate(self.ask)
-
-    def _busy(self, disks: Sequence[int]) -> HypervisorError:
-        names = ", ".join(self.plan.disks[number].backend_name for number in disks)
-        return HypervisorError(f"backend {names}: open for writing elsewhere", code="backend_busy")
+        await self._in_time(save, "save")
 
     # -- moving ----------------------------------------------------------------------------------------------------
 
@@ -309,7 +295,7 @@ class QemuGuest(ProcessGuest):
     async def import_time(self, time_data: TimeData) -> Adjustment:
         wall_ns = time.time_ns()
         adjusted = adjust(time_data, time.monotonic_ns(), wall_ns // NS_PER_S, wall_ns % NS_PER_S)
-        await self._remember(replace(await self.recall(), booted_ns=adjusted.time.boot_hrtime))
+        self._booted_ns = adjusted.time.boot_hrtime  # remembered with the devices, which follow
         return adjusted
 
     async def list_payloads(self) -> tuple[PayloadDescription, ...]:
@@ -327,9 +313,10 @@ class QemuGuest(ProcessGuest):
 
     async def export_devices(self, versions: Mapping[str, int]) -> tuple[DevicePayload, ...]:
         async with self._acts:
-            await self._check_still()
-            if not await self.in_thread(self._files.state.exists):
-                await self._save()
+            state, memory = await self._run_state(), await self.recall()
+            self._check_stopped(state)
+            if not _stands(memory, state):
+                await self._save(memory, state)
             return await self.in_thread(self._payloads)
 
     def _payloads(self) -> tuple[DevicePayload, ...]:
@@ -345,27 +332,36 @@ class QemuGuest(ProcessGuest):
             raise HypervisorError("QEMU holds processors back only in its own migration", code="not_supported")
 
     async def import_devices(self, received: Sequence[DevicePayload]) -> tuple[tuple[str, str], ...]:
-        blobs = {name: number for number, name in self._blobs()}
-        stream, contents, skipped = await self.in_thread(payloads.to_stream, received, list(blobs))
         async with self._acts:
-            memory, joined = await self.recall(), stream.joined()
+            self.check_alive()
+            memory = await self.recall()
             if not memory.is_arriving:
                 text = f"guest {self.plan.instance_id} does not wait for device state"
                 raise HypervisorError(text, code="not_arriving")
-            for name, body in contents.items():
-                await self.in_thread(self._files.blob(blobs[name]).write_bytes, body)
-            await self._load(joined)
-            await self.in_thread(self._files.note_state, joined)
-            await self.in_thread(self._files.confirm_state)
-            await self._remember(replace(memory, is_arriving=False, announces=True))
+            stream, skipped = await self.in_thread(self._take_in, received)
+            await self._load(stream)
+            arrived = replace(memory, is_arriving=False, has_loaded=True, announces=True)
+            await self._remember(replace(arrived, booted_ns=self._booted_ns or memory.booted_ns))
         return skipped
+
+    def _take_in(self, received: Sequence[DevicePayload]) -> tuple[bytes, tuple[tuple[str, str], ...]]:
+        """Check everything, then put into files what is no business of QEMU's. Blocking. Raises: PayloadError."""
+        blobs = {name: number for number, name in self._blobs()}
+        parsed, contents, skipped = payloads.to_stream(received, list(blobs))
+        stream = parsed.joined()
+        for name, body in contents.items():
+            self._files.blob(blobs[name]).write_bytes(body)
+        self._files.keep_devices(parsed, len(stream))
+        self._files.keep_state(stream)
+        return stream, skipped
 
     async def _load(self, stream: bytes) -> None:
         try:
             await self._in_time(partial(saving.load, self.qmp, self._files.incoming, stream), "load")
         except HypervisorError as exc:
-            if exc.code == "guest_lost":  # a QEMU that cannot load a state ends, and has said why
-                text = f"QEMU did not load the device state: {self.last_words() or 'it gave no reason'}"
+            words = self.last_words()
+            if exc.code == "guest_lost" and words:  # a QEMU that cannot load a state ends, and has said why
+                text = f"QEMU did not load the device state: {words}"
                 raise HypervisorError(text, code="device_load_failed") from exc
             raise
 
@@ -452,7 +448,10 @@ class QemuGuest(ProcessGuest):
         return str((await self.ask("query-status"))["status"])
 
     async def _check_still(self) -> None:
-        if await self._run_state() == "running":
+        self._check_stopped(await self._run_state())
+
+    def _check_stopped(self, state: str) -> None:
+        if state == "running":
             raise HypervisorError(f"guest {self.plan.instance_id} is running", code="guest_running")
 
     async def _known_devices(self) -> dict[str, Any]:
@@ -486,14 +485,10 @@ class QemuGuest(ProcessGuest):
         """
         while (state := await self._run_state()) in _PASSING:  # noqa: ASYNC110 (another process' state)
             await trio.sleep(_LOOK_AGAIN_S)
-        if state == "postmigrate":
-            await self.in_thread(self._files.confirm_state)
-        elif state == "running":
-            await self.in_thread(self._files.forget_state)
         memory = await self.recall()
         held = bool(self._locked) and not await self.in_thread(images.not_held, self._locked, self.process.pid)
         if (state == "running" or held) and not memory.is_open:
-            await self._remember(replace(memory, is_open=True, active=tuple(range(len(self.plan.disks)))))
+            await self._remember(replace(memory, is_open=True))
 
     async def begin(self, memory: Remembered, *, keeps_images: bool) -> None:
         """Complete a guest that was just built: consoles, and images that are inactive until they are asked for.
@@ -505,13 +500,19 @@ class QemuGuest(ProcessGuest):
         for port in self.plan.serial_ports:
             backend = {"out": str(self._files.output(port.num)), "in": str(self._files.keys(port.num)), "append": True}
             await self.ask("chardev-change", id=port.num, backend={"type": "file", "data": backend})
+        await saving.prepare(self.ask)
+        await images.prepare(self.ask, self._files)
         if memory.is_arriving:
             await saving.prepare_loading(self.ask, self._files.incoming)
         elif keeps_images:
-            everything = tuple(range(len(self.plan.disks)))
-            await self._remember(replace(memory, is_open=True, active=everything))
+            await self._remember(replace(memory, is_open=True))
         else:
-            await self._save()
+            await self._save(memory, "prelaunch")
+            await self.in_thread(self._note_devices)
+
+    def _note_devices(self) -> None:
+        stream = self._files.state.read_bytes()
+        self._files.keep_devices(parse_stream(stream), len(stream))
 
     def hang_up(self) -> None:
         self.qmp.close()
@@ -526,6 +527,11 @@ class QemuGuest(ProcessGuest):
 def _unsaved(plan: GuestPlan) -> list[Any]:
     """Disks behind a controller whose state QEMU does not save (hw/nvme/ctrl.c: unmigratable)."""
     return [disk for disk in plan.disks if disk.model == "nvme"]
+
+
+def _stands(memory: Remembered, run_state: str) -> bool:
+    """Whether the guest has not run since its state was saved, or loaded."""
+    return run_state == "postmigrate" or memory.has_loaded
 
 
 def can_be_saved(plan: GuestPlan) -> bool:

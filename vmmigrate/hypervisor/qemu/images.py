@@ -7,8 +7,8 @@ active when the guest goes on; this host has to have them open *before* that (ow
 - to save device state for Xen, of a guest that stands still, makes all of them inactive. QEMU aborts when one of them
   is inactive already: so it is asked only when all are active.
 
-Making active tells no failure. Whether QEMU holds the lock that it takes before it writes to a file is seen in
-`/proc/PID/fdinfo`. Network disks have no lock: there the daemon is the only fence.
+Making active does not always tell a failure. Whether QEMU holds the locks that it takes before it writes to a file is
+seen in `/proc/PID/fdinfo`. Network disks have no lock: there the daemon is the only fence.
 
 Source: QEMU, block/export/export.c, migration/savevm.c, block/file-posix.c (lock bytes) (7.2).
 """
@@ -16,36 +16,34 @@ Source: QEMU, block/export/export.c, migration/savevm.c, block/file-posix.c (loc
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
-import struct
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from vmmigrate.errors import HypervisorError
-from vmmigrate.hypervisor.base import GuestPlan
 from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.qmp import QmpError
 
 _EXPORT: Final = "activation"
-_WRITE_BYTE: Final = 101  # locked for reading by whoever may write
-_OTHERS_MAY_NOT_WRITE: Final = 201  # locked for reading by whoever forbids it
-_FLOCK: Final = struct.Struct("hhqqi4x")
+_WRITER_BYTES: Final = (101, 201)  # locked by whoever may write, and lets nobody else; an attempt that fails keeps one
 _LOCK: Final = re.compile(r"^lock:\s.*OFDLCK.*\s(\d+) (\d+)$", re.MULTILINE)
 
 Ask = Callable[..., Awaitable[Any]]
 
 
-async def activate(ask: Ask, files: QemuFiles, number: int) -> None:
-    """Make the image of disk *number* active. Whether it worked is for `not_held` to say.
+async def prepare(ask: Ask, files: QemuFiles) -> None:
+    """Once for each QEMU: exports need a server, to which nobody ever connects."""
+    await ask("nbd-server-start", addr={"type": "unix", "data": {"path": str(files.exports)}})
+
+
+async def activate(ask: Ask, number: int) -> None:
+    """Make the image of disk *number* active, if it is not. Whether it worked is for `not_held` to say.
 
     Raises: HypervisorError `backend_unavailable`.
     """
     try:
-        with contextlib.suppress(QmpError):  # it is there since the last time
-            await ask("nbd-server-start", addr={"type": "unix", "data": {"path": str(files.exports)}})
         await ask("block-export-add", type="nbd", id=_EXPORT, node_name=f"disk{number}")
         await ask("block-export-del", id=_EXPORT, mode="hard")
     except QmpError as exc:
@@ -58,41 +56,6 @@ async def deactivate(ask: Ask) -> None:
         await ask("xen-save-devices-state", filename="/dev/null", live=True)
     except QmpError as exc:
         raise HypervisorError(f"disks cannot be closed: {exc.text}", code="flush_failed") from exc
-
-
-def check_free(locked: Mapping[int, Path], plan: GuestPlan, pid: int) -> None:
-    """Look before anything is opened, so that mostly all or nothing is. Blocking.
-
-    Args:
-        locked: As `machine.locked_files`.
-
-    Raises: HypervisorError `backend_busy`, `backend_unavailable`.
-    """
-    for number in not_held(locked, pid):
-        path = locked[number]
-        name = plan.disks[number].backend_name
-        try:
-            is_free = _is_free(path)
-        except OSError as exc:
-            text = f"backend {name}: cannot open {path}: {exc.strerror}"
-            raise HypervisorError(text, code="backend_unavailable", details={"backend": name}) from exc
-        if not is_free:
-            text = f"backend {name}: {path} is open for writing elsewhere"
-            raise HypervisorError(text, code="backend_busy", details={"backend": name})
-
-
-def _is_free(path: Path) -> bool:
-    """Nobody writes to it, and nobody forbids it."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        for byte in (_WRITE_BYTE, _OTHERS_MAY_NOT_WRITE):
-            asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-            found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
-            if _FLOCK.unpack(found)[0] != fcntl.F_UNLCK:
-                return False
-    finally:
-        os.close(fd)
-    return True
 
 
 def not_held(locked: Mapping[int, Path], pid: int) -> list[int]:
@@ -109,4 +72,4 @@ def not_held(locked: Mapping[int, Path], pid: int) -> list[int]:
 
 def _holds(pid: int, fd: str) -> bool:
     locks = _LOCK.findall(Path(f"/proc/{pid}/fdinfo/{fd}").read_text(encoding="ascii"))
-    return any(int(first) <= _WRITE_BYTE <= int(last) for first, last in locks)
+    return all(any(int(first) <= byte <= int(last) for first, last in locks) for byte in _WRITER_BYTES)

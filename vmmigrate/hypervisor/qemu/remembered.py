@@ -24,8 +24,10 @@ class Remembered:
     Attributes:
         seen: The highest epoch that anybody named; who names a lower one is refused.
         handoff: The migration for which the guest was paused, or was about to be; it counts while the guest stands.
-        active: Disks, by number, whose images are open for writing.
+        is_open: Its images are active. What is said to be closed may still be open when a daemon died just then, never
+            the other way round.
         is_arriving: Built for a migration, and its device state has not been loaded.
+        has_loaded: Device state was loaded, and it has not run since: the file `state` is still its state.
         announces: It came from another host, and the network has not been told yet.
         booted_ns: Monotonic clock of this host when the guest booted, as `devices.time` has it.
     """
@@ -34,9 +36,9 @@ class Remembered:
     seen: Epoch
     ran: Epoch = (0, 0)
     handoff: str | None = None
-    active: tuple[int, ...] = ()
     is_open: bool = False
     is_arriving: bool = False
+    has_loaded: bool = False
     announces: bool = False
     last_record: int = 0
     last_journal: str = ""
@@ -59,7 +61,7 @@ def from_text(text: str) -> Remembered:
         tree = json.loads(text)
         stamp = tree["stamp"]
         tree["stamp"] = GuestStamp(stamp["instance_id"], stamp["host_id"], _pair(stamp["epoch"]), stamp["migration_id"])
-        tree |= {"seen": _pair(tree["seen"]), "ran": _pair(tree["ran"]), "active": tuple(tree["active"])}
+        tree |= {"seen": _pair(tree["seen"]), "ran": _pair(tree["ran"])}
         return Remembered(**tree)
     except (ValueError, KeyError, TypeError) as exc:
         raise HypervisorError("this QEMU remembers nothing that we wrote", code="qemu_protocol") from exc

@@ -11,6 +11,7 @@ Source: QEMU, migration/migration.c (7.2).
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -44,9 +45,9 @@ async def save(ask: Ask, qmp: Qmp, path: Path, note: Callable[[bytes], Awaitable
     Raises: HypervisorError `pause_failed`, or what *ask* raises, or cancelled: the guest is as it was, or the process
         is gone.
     """
-    await prepare_saving(ask)
     with contextlib.closing(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
-        await trio.Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)  # of the last time; microseconds
         await listener.bind(str(path))
         listener.listen(1)
         seen = qmp.events_seen
@@ -62,12 +63,12 @@ async def save(ask: Ask, qmp: Qmp, path: Path, note: Callable[[bytes], Awaitable
             with trio.CancelScope(shield=True):
                 await _call_off(ask, was_running)
             raise
-    await trio.Path(path).unlink(missing_ok=True)
 
 
-async def prepare_saving(ask: Ask) -> None:
-    """What can be done before the pause is done before it."""
-    await _set_capabilities(ask, events=True, return_path=True, x_ignore_shared=True)
+async def prepare(ask: Ask) -> None:
+    """Once for each QEMU, so that nothing of it is part of a pause."""
+    wanted = ("events", "return-path", "x-ignore-shared", "late-block-activate")
+    await ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in wanted])
     await ask("migrate-set-parameters", max_bandwidth=_UNLIMITED)
 
 
@@ -115,7 +116,6 @@ async def _call_off(ask: Ask, was_running: bool) -> None:
 
 async def prepare_loading(ask: Ask, path: Path) -> None:
     """Let a QEMU that was started with `-incoming defer` wait for its state at the socket *path*."""
-    await _set_capabilities(ask, events=True, late_block_activate=True, x_ignore_shared=True)
     await ask("migrate-incoming", uri=f"unix:{path}")
 
 
@@ -134,8 +134,3 @@ async def load(qmp: Qmp, path: Path, stream: bytes) -> None:
         event = await qmp.wait_event("MIGRATION", seen, lambda data: data.get("status") in _OVER)
     if event.data["status"] != "completed":
         raise HypervisorError("QEMU did not load the device state", code="device_load_failed")
-
-
-async def _set_capabilities(ask: Ask, **capabilities: bool) -> None:
-    listed = [{"capability": name.replace("_", "-"), "state": state} for name, state in capabilities.items()]
-    await ask("migrate-set-capabilities", capabilities=listed)
