@@ -1,8 +1,9 @@
 """Two daemons as processes of their own, and how everything is ended again.
 
 Order at the end: guests by the API, daemons by SIGTERM and, when they do not listen, by SIGKILL; then whatever guest
-process is still there. Guests outlive their daemons on purpose, so a guest that nobody deleted must be found: every
-guest process maps its witness file, which lies under our directory, and no process of anybody else does.
+process is still there. Guests outlive their daemons on purpose, so a guest that nobody deleted must be found: an
+embedded one maps its witness file, a QEMU names its pid file, and no process of anybody else does that with a file
+under our directory.
 """
 
 from __future__ import annotations
@@ -85,13 +86,13 @@ async def client_of(url: str, site: Site, host: str) -> AsyncIterator[HostClient
 
 
 def end_leftover_guests(root: Path) -> list[int]:
-    """Kill every process that maps a file under *root*; their pids. None is left when all went well."""
+    """Kill every guest process whose files lie under *root*; their pids. None is left when all went well."""
     ended = []
-    for pid in _processes_mapping(root):
+    for pid in _guests_under(root):
         with contextlib.suppress(OSError):
             watch = os.pidfd_open(pid)
             try:
-                if _maps_file_under(pid, root):  # still the one that was seen
+                if _is_guest_under(pid, root):  # still the one that was seen
                     signal.pidfd_send_signal(watch, signal.SIGKILL)
                     ended.append(pid)
             finally:
@@ -121,18 +122,19 @@ async def _end_process(process: trio.Process) -> None:
     await process.wait()
 
 
-def _processes_mapping(root: Path) -> Iterator[int]:
+def _guests_under(root: Path) -> Iterator[int]:
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid() and _maps_file_under(int(entry.name), root):
+        if entry.name.isdecimal() and int(entry.name) != os.getpid() and _is_guest_under(int(entry.name), root):
             yield int(entry.name)
 
 
-def _maps_file_under(pid: int, root: Path) -> bool:
+def _is_guest_under(pid: int, root: Path) -> bool:
+    there = os.fsencode(root) + b"/"
     try:
-        maps = Path(f"/proc/{pid}/maps").read_bytes()
+        named = b"\0-pidfile\0" + there in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return named or b" " + there in Path(f"/proc/{pid}/maps").read_bytes()
     except OSError:
         return False  # gone, or somebody else's
-    return b" " + os.fsencode(root) + b"/" in maps
 
 
 def _created(log: Path) -> BinaryIO:

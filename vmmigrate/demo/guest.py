@@ -1,4 +1,4 @@
-"""The demo's guest: its spec, what the destination puts in the place of the source's backends, and its program."""
+"""The demo's guest, as the embedded machine has it: its spec, the destination's own backends, and its program."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ INSTANCE: Final = "demo-guest"
 VOLUME_ID: Final = "6f5e0c1a-9b7d-4e2f-8a3c-000100000001"
 VNICS: Final = "demo-vnic-*"  # what both hosts allow
 SERIAL_PORT: Final = "com1"
+INTERFACE_ID: Final = "6f5e0c1a-9b7d-4e2f-8a3c-000200000001"
+SMBIOS: Final = {"manufacturer": "vmmigrate", "product_name": "demo", "serial_number": "0001", "version": 1}
 _BLOCK_BYTES, _BLOCKS_PER_EXTENT, _EXTENTS = 4096, 256, 8
 VOLUME_BYTES: Final = _BLOCK_BYTES * _BLOCKS_PER_EXTENT * _EXTENTS
 
@@ -28,23 +30,18 @@ def spec(mib: int) -> dict[str, Any]:
     return {
         "board": {"cpus": 2, "memory_mb": mib, "chipset": {"type": "i440_fx", "value": {"enable_pcie": False}}},
         "components": {
-            "boot-disk": _component("nvme_disk", backend_id="boot-volume", pci_path=_pci(16), serial_number=[0] * 20),
-            "boot-volume": _component("crucible_storage_backend", request_json=_volume(1), readonly=False),
-            "net0": _component(
+            "boot-disk": component("nvme_disk", backend_id="boot-volume", pci_path=pci(16), serial_number=[0] * 20),
+            "boot-volume": component("crucible_storage_backend", request_json=_volume(1), readonly=False),
+            "net0": component(
                 "virtio_nic",
                 backend_id="net0-vnic",
-                interface_id="6f5e0c1a-9b7d-4e2f-8a3c-000200000001",
-                pci_path=_pci(8),
+                interface_id=INTERFACE_ID,
+                pci_path=pci(8),
             ),
-            "net0-vnic": _component("virtio_network_backend", vnic_name="demo-vnic-a"),
-            SERIAL_PORT: _component("serial_port", num="com1"),
+            "net0-vnic": component("virtio_network_backend", vnic_name="demo-vnic-a"),
+            SERIAL_PORT: component("serial_port", num="com1"),
         },
-        "smbios": {
-            "manufacturer": "vmmigrate",
-            "product_name": "demo",
-            "serial_number": "0001",
-            "version": 1,
-        },
+        "smbios": SMBIOS,
     }
 
 
@@ -87,11 +84,11 @@ def request(mib: int) -> dict[str, Any]:
     }
 
 
-def _component(kind: str, **fields: Any) -> dict[str, Any]:
+def component(kind: str, **fields: Any) -> dict[str, Any]:
     return {"type": kind, "component": fields}
 
 
-def _pci(device: int) -> dict[str, int]:
+def pci(device: int) -> dict[str, int]:
     return {"bus": 0, "device": device, "function": 0}
 
 

@@ -16,6 +16,8 @@ SOURCE, DESTINATION = "source", "destination"
 _LIFETIME_DAYS: Final = 1
 
 _CONFIG: Final = """\
+hypervisor = "{setting.hypervisor}"
+
 [listen]
 api = "127.0.0.1:0"
 migration = "127.0.0.1:0"
@@ -29,14 +31,33 @@ key = "pki/{host}-key.pem"
 [directories]
 state = "{host}/state"
 runtime = "{host}/run"
+{setting.directories}
 
 [allow]
 hosts = ["127.0.0.1"]
 interfaces = ["{vnics}"]
+{setting.allow}
 
-[allow.volumes]
-{volume_id} = "volume"
+{setting.sections}
 """
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What differs between demonstrations in the daemons' configuration: lines of TOML.
+
+    Attributes:
+        directories, allow: More lines in the sections of these names.
+        sections: More sections.
+    """
+
+    hypervisor: str
+    directories: str = ""
+    allow: str = ""
+    sections: str = ""
+
+
+EMBEDDED: Final = Setting("embedded", sections=f'[allow.volumes]\n{guest.VOLUME_ID} = "volume"')
 
 
 @dataclass(frozen=True)
@@ -60,20 +81,21 @@ class Site:
         return self.root / f"{host}.log"
 
     @property
-    def witnesses(self) -> Path:
-        return self.root / "witnesses"
+    def guest(self) -> Path:
+        """For what belongs to the guest and to neither host: both reach it."""
+        return self.root / "guest"
 
 
-def make_site(root: Path) -> Site:
+def make_site(root: Path, setting: Setting = EMBEDDED) -> Site:
     """Everything that two daemons need to start, under *root*."""
     site = Site(root)
     pki.init_authority(root / "pki", TRUST_DOMAIN, _LIFETIME_DAYS + 1)
     for role, name in ((Role.HOST, SOURCE), (Role.HOST, DESTINATION), (Role.OPERATOR, "operator")):
         pki.issue(root / "pki", Identity(TRUST_DOMAIN, role, name), lifetime_days=_LIFETIME_DAYS)
     for host in (SOURCE, DESTINATION):
-        text = _CONFIG.format(host=host, vnics=guest.VNICS, volume_id=guest.VOLUME_ID)
+        text = _CONFIG.format(host=host, setting=setting, vnics=guest.VNICS)
         site.config(host).write_text(text, encoding="utf-8")
     with open(root / "volume", "wb") as volume:
         volume.truncate(guest.VOLUME_BYTES)
-    site.witnesses.mkdir()
+    site.guest.mkdir()
     return site

@@ -25,6 +25,7 @@ import trio
 from vmmigrate.errors import HypervisorError
 
 MAX_LINE_BYTES: Final = 64 << 20
+GREETING_S: Final = 3.0
 _CHUNK_BYTES: Final = 1 << 16
 _EVENTS_KEPT: Final = 1024
 
@@ -100,7 +101,17 @@ class Qmp:
         self._drop()
 
     async def open(self) -> None:
-        """Connect and leave negotiation mode. Raises: OSError, EOFError: nobody there, or it went away."""
+        """Connect and leave negotiation mode; again, when there is no greeting: a QEMU that starts can miss a client that
+        was there before it (seen once in some thousand starts). The caller sets the deadline.
+
+        Raises: OSError, EOFError: nobody there, or it went away.
+        """
+        while True:
+            with trio.move_on_after(GREETING_S):
+                await self._open()
+                return
+
+    async def _open(self) -> None:
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             await sock.connect(str(self._path))
