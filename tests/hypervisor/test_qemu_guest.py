@@ -359,3 +359,45 @@ async def test_saved_state_is_cut_into_the_devices_of_the_machine(hosts: QemuHos
 
 def test_stress_programs_name_a_kernel_that_is_there() -> None:
     assert Path(str(stress_program()["kernel"])).exists()
+
+
+def pretending(root: Path, script: str) -> str:
+    """A program that stands in the place of QEMU, as an older build or another program might."""
+    program = root / "qemu-under-test"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+async def test_a_qemu_without_a_sandbox_is_used_without_it(hosts: QemuHosts) -> None:
+    script = 'case "$*" in *-sandbox*) echo "-sandbox: invalid option" >&2; exit 1;; esac; exec qemu-system-x86_64 "$@"'
+    settings = {"binary": pretending(hosts.root, script)}
+
+    guest = await hosts.build(plan_of(), settings=settings)
+
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "words"),
+    [
+        ({"binary": "no-such-qemu"}, "qemu_missing", "apt-get install qemu-system-x86"),
+        ({"accelerator": "no-such-accelerator"}, "accelerator", "no-such-accelerator"),
+        ({"binary": "/bin/true"}, "accelerator", "/bin/true does not start"),
+    ],
+)
+async def test_a_qemu_that_cannot_be_used_is_told_in_one_line(
+    hosts: QemuHosts, settings: dict[str, str], code: str, words: str
+) -> None:
+    error = await expect_error(code, hosts.open("d", settings=settings))
+
+    assert words in error.text
+    assert "\n" not in error.text
+    assert list((hosts.root / "d").iterdir()) == []
+
+
+async def test_a_runtime_directory_that_others_can_reach_into_is_refused(hosts: QemuHosts) -> None:
+    (hosts.root / "e").mkdir(mode=0o755)
+
+    await expect_error("runtime_dir", hosts.open("e"))

@@ -285,28 +285,31 @@ async def _mapped(guest: QemuGuest, ram_fd: int, writable: bool) -> MappedRam:
 
 
 async def _ask_facts(runtime_dir: Path, settings: QemuSettings, deadline_s: float) -> QemuFacts:
-    """Start a QEMU without a machine, and ask it."""
+    """Start a QEMU without a machine, and ask it. Its sandbox is left out where it was built without one."""
+    try:
+        return await _probe(runtime_dir, settings, deadline_s, has_sandbox=True)
+    except HypervisorError as exc:
+        if "sandbox" not in exc.text and "seccomp" not in exc.text:
+            raise
+    log.warning("qemu.no_sandbox", binary=settings.binary)
+    return await _probe(runtime_dir, settings, deadline_s, has_sandbox=False)
+
+
+async def _probe(runtime_dir: Path, settings: QemuSettings, deadline_s: float, *, has_sandbox: bool) -> QemuFacts:
+    """Raises: HypervisorError `qemu_missing`, `guest_start`; `accelerator`: with what QEMU said."""
     files = QemuFiles(runtime_dir / f"probe-{secrets.token_hex(processes.TOKEN_BYTES)[:2]}")
     arguments = [
         settings.binary,
         *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S"),
+        *(machine.SANDBOX if has_sandbox else ()),
         *("-accel", settings.accelerator, "-chardev", f"socket,id=monitor,fd={machine.MONITOR_FD},server=on,wait=off"),
         *("-mon", "chardev=monitor,mode=control"),
     ]
-
-    def started() -> processes.ProcessWatch:
-        shutil.rmtree(files.directory, ignore_errors=True)
-        files.directory.mkdir(mode=0o700)
-        try:
-            return launch.start(arguments, files)
-        except OSError as exc:
-            raise HypervisorError(f"cannot start {settings.binary}: {exc}", code="guest_start") from exc
-
     watch = None
     try:
-        watch = await trio.to_thread.run_sync(started)
+        watch = await trio.to_thread.run_sync(_start_probe, arguments, files)
         with contextlib.closing(Qmp(files.monitor)) as qmp, trio.fail_after(deadline_s):
-            return await inspecting.abilities(qmp.execute)
+            return await inspecting.abilities(qmp.execute, has_sandbox=has_sandbox)
     except (OSError, EOFError, trio.TooSlowError) as exc:
         words = files.last_words() or str(exc) or type(exc).__name__
         text = f"{settings.binary} does not start with accelerator {settings.accelerator}: {words}"
@@ -314,6 +317,15 @@ async def _ask_facts(runtime_dir: Path, settings: QemuSettings, deadline_s: floa
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(_end_probe, watch, files)
+
+
+def _start_probe(arguments: Sequence[str], files: QemuFiles) -> processes.ProcessWatch:
+    shutil.rmtree(files.directory, ignore_errors=True)
+    files.directory.mkdir(mode=0o700)
+    try:
+        return launch.start(arguments, files)
+    except OSError as exc:
+        raise HypervisorError(f"cannot start {arguments[0]}: {exc}", code="guest_start") from exc
 
 
 def _end_probe(watch: processes.ProcessWatch | None, files: QemuFiles) -> None:

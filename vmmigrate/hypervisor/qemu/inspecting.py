@@ -27,9 +27,10 @@ _LONGEST_FACT: Final = 1024
 _FIRST_CPU: Final = "/machine/unattached/device[0]"
 
 
-async def abilities(ask: Ask) -> QemuFacts:
+async def abilities(ask: Ask, *, has_sandbox: bool) -> QemuFacts:
     """Of a QEMU that was started with no machine, and with the accelerator that guests will have."""
-    return read_facts({command: await ask(command, **arguments) for command, arguments in _ABILITIES.items()})
+    answers = {command: await ask(command, **arguments) for command, arguments in _ABILITIES.items()}
+    return read_facts(answers, has_sandbox=has_sandbox)
 
 
 async def guest_facts(ask: Ask, plan: GuestPlan, settings: QemuSettings, facts: QemuFacts) -> dict[str, str]:

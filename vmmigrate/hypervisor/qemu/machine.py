@@ -31,6 +31,7 @@ RAM_FD, MONITOR_FD, FIRST_PIPE_FD = (
 )  # what QEMU inherits: guest RAM, its monitor's listener, and pipes of keys
 _RAM_PATH: Final = {"mem-path": f"/proc/self/fd/{RAM_FD}"}
 PROGRAM_DEFAULT: Final = "idle"  # boot what the firmware finds
+SANDBOX: Final = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 _COM_PORTS: Final = ("com1", "com2", "com3", "com4")
 _OCCUPIED: Final = {(0, 0): "host bridge", (1, 0): "ISA bridge", (1, 1): "IDE controller", (1, 3): "power management"}
 _LONGEST_INTERFACE: Final = 15
@@ -171,7 +172,7 @@ def arguments(
         settings.binary,
         *("-name", f"vmmigrate-{hashlib.sha256(plan.instance_id.encode()).hexdigest()[:12]},debug-threads=on"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-S"),
-        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        *(SANDBOX if facts.has_sandbox else ()),
         *("-action", "reboot=reset,shutdown=pause,panic=none"),
         *("-accel", settings.accelerator),
         *("-machine", f"{machine_type(plan, facts)},memory-backend={RAM_BLOCK},max-ram-below-4g={LOW_RAM_LIMIT_BYTES}"),

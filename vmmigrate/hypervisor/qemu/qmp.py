@@ -101,8 +101,8 @@ class Qmp:
         self._drop()
 
     async def open(self) -> None:
-        """Connect and leave negotiation mode; again, when there is no greeting: a QEMU that starts can miss a client that
-        was there before it (seen once in some thousand starts). The caller sets the deadline.
+        """Connect and leave negotiation mode; again, when there is no greeting: a QEMU that starts can miss a client
+        that was there before it (seen once in some thousand starts). The caller sets the deadline.
 
         Raises: OSError, EOFError: nobody there, or it went away.
         """

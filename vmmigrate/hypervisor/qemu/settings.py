@@ -44,6 +44,7 @@ class QemuFacts:
         cpu_models: Names for `-cpu` of models that the accelerator can show whole.
         features: Properties of processors that the accelerator can show.
         drivers: Block drivers.
+        has_sandbox: It was built with seccomp.
     """
 
     version: tuple[int, int, int]
@@ -51,13 +52,14 @@ class QemuFacts:
     cpu_models: Sequence[str]
     features: frozenset[str]
     drivers: frozenset[str]
+    has_sandbox: bool
 
     @property
     def version_text(self) -> str:
         return ".".join(map(str, self.version))
 
 
-def read_facts(answers: Mapping[str, Any]) -> QemuFacts:
+def read_facts(answers: Mapping[str, Any], *, has_sandbox: bool) -> QemuFacts:
     """Facts from the answers of QMP commands, by command."""
     version = answers["query-version"]["qemu"]
     names = [machine["name"] for machine in answers["query-machines"]]
@@ -71,6 +73,7 @@ def read_facts(answers: Mapping[str, Any]) -> QemuFacts:
         cpu_models=[m["name"] for m in answers["query-cpu-definitions"] if not m.get("unavailable-features")],
         features=available_features(expanded),
         drivers=frozenset(drivers),
+        has_sandbox=has_sandbox,
     )
 
 
