@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from tests.hypervisor.qemu_hosts import requires_qemu
+from tests.hypervisor.test_qemu_cpuid import leaves_of
 from tests.migration.fleet import (
     RunningHost,
     check,
@@ -20,7 +21,9 @@ from tests.migration.fleet import (
     witnesses,
 )
 from tests.migration.qemu_fleet import VNIC, create_ready, machine, start
+from vmmigrate.errors import VmMigrateError
 from vmmigrate.hypervisor.base import RunState
+from vmmigrate.spec.latest import CpuidVendor
 
 pytestmark = requires_qemu
 
@@ -140,3 +143,27 @@ async def test_an_instance_that_boots_from_its_disk_needs_no_program(tmp_path: P
 
         assert record["outcome"] == "moved", record
         assert (await beta.instance(instance))["state"] == "running"
+
+
+async def test_a_processor_that_the_spec_lists_is_the_same_on_both_hosts(tmp_path: Path) -> None:
+    """Every leaf of the list is what QEMU made, or it would not have started; and what it cannot make is refused."""
+    leaves = leaves_of(CpuidVendor.INTEL)
+    entries = [
+        {"leaf": leaf, "subleaf": sub, "eax": eax, "ebx": ebx, "ecx": ecx, "edx": edx}
+        for (leaf, sub), (eax, ebx, ecx, edx) in leaves.items()
+    ]
+    spec = spec_v3()
+    spec["board"]["cpuid"] = {"entries": entries, "vendor": "intel"}
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        instance = await create_ready(alpha, spec)
+
+        record = await migrate(alpha, beta, instance)
+
+        assert record["outcome"] == "moved", record["error"]
+        assert beta.guest(instance).facts["cpu_model"] == "base"
+        await wait_heartbeats(beta, instance)
+        assert (await check(beta, instance))["consistent"]
+        spec["board"]["cpuid"]["entries"][1]["ecx"] |= 1 << 11  # a bit that QEMU has no name for
+        with pytest.raises(VmMigrateError, match="cpuid leaf 0x1 ECX bit 11"):
+            await create(alpha, spec)
