@@ -255,16 +255,21 @@ async def test_a_guest_that_powers_itself_off_is_told_and_its_process_stays(host
     os.kill(guest.process.pid, 0)
 
 
+async def wait_begun_anew(guest: QemuGuest, beats: int) -> None:
+    """Until the machine has booted again and beats; before the reset it had beaten *beats* times."""
+    with trio.fail_after(10):
+        while (await guest.status()).heartbeats >= beats:
+            await trio.sleep(0.005)
+    await wait_heartbeats(guest, 50)
+
+
 async def test_a_reboot_begins_anew_and_is_refused_once_the_guest_is_given_away(hosts: QemuHosts) -> None:
     guest = await running(hosts)
     before = await wait_heartbeats(guest, 300)
 
     await guest.reboot()
 
-    with trio.fail_after(10):
-        while (await guest.status()).heartbeats >= before.heartbeats:
-            await trio.sleep(0.005)
-    await wait_heartbeats(guest, 50)
+    await wait_begun_anew(guest, before.heartbeats)
     await guest.pause_for_handoff("m")
     await expect_error("guest_paused_for_handoff", guest.reboot())
     await expect_error("guest_paused_for_handoff", guest.console_input("console", b"v"))
@@ -401,3 +406,44 @@ async def test_a_runtime_directory_that_others_can_reach_into_is_refused(hosts: 
     (hosts.root / "e").mkdir(mode=0o755)
 
     await expect_error("runtime_dir", hosts.open("e"))
+
+
+async def test_a_qemu_that_nobody_wrote_down_is_found_without_its_pid_file(hosts: QemuHosts) -> None:
+    """A daemon can die before QEMU has written it."""
+    guest = await hosts.build(plan_of())
+    guest.detach()
+    (guest.process.socket_path.parent / "pid").unlink()
+    hypervisor = await hosts.open()
+
+    (found,) = await hypervisor.find_others(())
+
+    assert found.process == guest.process
+    assert await hypervisor.end_leftover(found.process)
+    assert list(hypervisor.runtime_dir.iterdir()) == []
+
+
+async def test_a_guest_that_was_reset_while_it_stood_still_is_saved_anew(hosts: QemuHosts) -> None:
+    """What was saved before the reset is not its state any more."""
+    guest = await running(hosts, plan_with_devices(hosts.root))
+    await guest.pause_for_handoff("m")
+    before = await guest.export_devices({})
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, 500)
+    await guest.pause()
+    beats = (await guest.status()).heartbeats
+    await guest.reboot()
+
+    after = await guest.export_devices({})
+
+    assert after != before
+    await guest.run((1, 1))
+    await wait_begun_anew(guest, beats)
+    assert (await guest.self_check()).consistent
+
+
+async def test_more_keys_than_a_console_takes_are_refused_whole(hosts: QemuHosts) -> None:
+    guest = await hosts.build(plan_of())
+
+    await guest.console_input("console", b"k" * 40_000)
+    await expect_error("console_input", guest.console_input("console", b"k" * 40_000))
+    await expect_error("no_such_port", guest.console_input("nowhere", b"k"))

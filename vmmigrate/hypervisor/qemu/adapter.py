@@ -182,12 +182,10 @@ class QemuHypervisor:
     def _unknown(self, monitor: Path) -> QemuGuest | None:
         """A guest of which only the directory is known; what a dead one left behind is removed. Blocking."""
         files = self._files(monitor)
-        pid = _pid_in(files.pid)
+        pid = _pid_of(files)
         started = None if pid is None else kernel.start_ticks_of(pid)
         watch = None if pid is None or started is None else processes.find(pid, started)
-        if watch is None or not _is_qemu_of(watch.pid, files):
-            if watch is not None:
-                watch.close()
+        if watch is None:
             files.remove()
             return None
         return self._guest(_NO_PLAN, watch, files, None)
@@ -365,16 +363,12 @@ def _capabilities(facts: QemuFacts, no_tracking: str) -> Capabilities:
     )
 
 
-def _pid_in(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _is_qemu_of(pid: int, files: QemuFiles) -> bool:
-    """A pid file outlives a QEMU that was killed, and the number may be somebody else's by now."""
-    try:
-        return os.fsencode(files.pid) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
+def _pid_of(files: QemuFiles) -> int | None:
+    """The QEMU of a directory. Its pid file may not be written yet, and it outlives a QEMU that was killed: the number
+    may be somebody else's by now. So every process is looked at, for the argument that names that file. Blocking."""
+    wanted = os.fsencode(files.pid)
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if wanted in Path("/proc", name, "cmdline").read_bytes().split(b"\0"):
+                return int(name)
+    return None

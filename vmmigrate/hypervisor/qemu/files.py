@@ -8,14 +8,17 @@ lies between is given back to the file system from time to time.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import sys
+import termios
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmmigrate.errors import PayloadError
+from vmmigrate.errors import HypervisorError, PayloadError
 from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import ConsoleHistory
 from vmmigrate.hypervisor.qemu.stream import DeviceStream
@@ -135,6 +138,27 @@ def write_history(output: Path, history: ConsoleHistory) -> None:
         file.seek(history.total_bytes - len(history.rolling))
         file.write(history.rolling)
         file.truncate(history.total_bytes)
+
+
+def type_keys(pipe: Path, keys: bytes) -> None:
+    """Put *keys* where QEMU reads them, all or none. Blocking, but not for long: nobody waits for room.
+
+    Raises: HypervisorError `console_input`: the guest has not read what was typed before.
+    """
+    try:
+        fd = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            waiting = int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+            room = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) - waiting
+            if len(keys) > room:
+                text = f"{len(keys)} bytes, and there is room for {room}: the guest has not read what was typed before"
+                raise HypervisorError(text, code="console_input")
+            while keys:
+                keys = keys[os.write(fd, keys) :]
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise HypervisorError(f"the console takes no keys: {exc.strerror}", code="console_input") from exc
 
 
 def trim_output(output: Path) -> None:

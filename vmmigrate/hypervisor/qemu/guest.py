@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -46,7 +45,6 @@ _ASK_AGAIN_S: Final = 1.0
 _LOOK_AGAIN_S: Final = 0.005
 _SELF_CHECK_S_PER_GIB: Final = 120.0
 _PASSING: Final = frozenset({"finish-migrate", "save-vm"})  # QEMU leaves them by itself
-_LONGEST_INPUT_BYTES: Final = 4096
 _ANNOUNCEMENT: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  # milliseconds; QEMU's own defaults
 
 
@@ -138,7 +136,7 @@ class QemuGuest(ProcessGuest):
             await self._remember(replace(memory, ran=epoch, handoff=None, has_loaded=False, announces=False))
             await self._continue()
             if memory.announces and self.plan.nics:
-                with contextlib.suppress(QmpError):
+                with contextlib.suppress(HypervisorError):  # it runs: whatever else is wrong is found out by others
                     await self.ask("announce-self", **_ANNOUNCEMENT)
 
     def _check_imported(self, memory: Remembered) -> None:
@@ -260,6 +258,8 @@ class QemuGuest(ProcessGuest):
             await self._remember(replace(memory, is_open=False))
             try:
                 if not _stands(memory, state):
+                    if not memory.is_open:
+                        await self._activate_all()
                     await self._save_now(was_running=state == "running")
                 elif memory.is_open:
                     await self._activate_all()  # all of them, for certain
@@ -375,19 +375,7 @@ class QemuGuest(ProcessGuest):
 
     async def console_input(self, port: str, keys: bytes) -> None:
         await self._check_not_given_away()
-        await self.in_thread(self._type, self._num(port), keys[:_LONGEST_INPUT_BYTES])
-
-    def _type(self, num: str, keys: bytes) -> None:
-        """All or nothing: so few bytes are written to a pipe at once."""
-        try:
-            pipe = os.open(self._files.keys(num), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                os.write(pipe, keys)
-            finally:
-                os.close(pipe)
-        except OSError as exc:
-            text = f"guest {self.plan.instance_id} takes no keys on {num}: {exc.strerror}"
-            raise HypervisorError(text, code="console_input") from exc
+        await self.in_thread(consoles.type_keys, self._files.keys(self._num(port)), keys)
 
     # -- looking ---------------------------------------------------------------------------------------------------
 
