@@ -13,7 +13,7 @@ COMPILE := $(BIN)/uv pip compile --no-config --quiet --universal --python-versio
 
 export PYTHON VENV
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type contracts check check-long model faults compat fixtures bench docs lock fmt clean fuzz base dev fuzzers
+.PHONY: help setup demo demo-qemu test lint type contracts check check-long model faults compat fixtures bench docs lock fmt clean fuzz base dev fuzzers
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ setup: dev ## create .venv with everything for development, from the hashed lock
 
 demo: base ## migrate a running guest between two daemons on this machine (VMM_DEMO_MIB=256)
 	@$(BIN)/vmmigrate demo --mib $(VMM_DEMO_MIB)
+
+demo-qemu: base ## move a small Linux in QEMU there and back, under load (ARGS="--mib 512"); as root it installs QEMU
+	@$(BIN)/python -m tools.demo_linux $(ARGS)
 
 test: dev ## the tests that take at most 5 minutes
 	@$(BIN)/pytest -m "not slow" $(ARGS)

@@ -75,7 +75,6 @@ def test_version_is_one_line(run: Commands) -> None:
         ("pki issue ca --host a --operator b", "exactly one"),
         ("spec check", "--jsonl"),
         ("demo --mib 1", "--mib"),
-        ("demo --hypervisor qemu", "not there yet"),
         ("demo --hypervisor bochs", "bochs"),
     ],
 )

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import start_command
 from tests.cli.schema import contract, misfits
+from tests.demo.conftest import leftovers
 from vmmigrate.demo import daemons, guest
 from vmmigrate.spec import amend, build, creatable, document
 
 MIB = 48
-
-
-@pytest.fixture
-def own_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the demo makes its directory: ours alone, to see what is left; not `tmp_path`, whose paths are too long
-    for sockets.
-    """
-    with tempfile.TemporaryDirectory(prefix="demo-") as directory:
-        monkeypatch.setenv("TMPDIR", directory)
-        yield Path(directory)
-
-
-def leftovers(directory: Path) -> list[str]:
-    """Files under *directory*, and processes that name it or map a file in it."""
-    found = [str(path) for path in directory.rglob("*")]
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            try:
-                seen = (entry / "cmdline").read_bytes() + (entry / "maps").read_bytes()
-            except OSError:
-                continue
-            found += [f"process {entry.name}"] if os.fsencode(directory) in seen else []
-    return found
 
 
 def test_demo_moves_a_guest_and_proves_it(own_tmp: Path) -> None:
@@ -118,19 +93,35 @@ def test_leftover_guest_is_found_by_the_file_it_maps(tmp_path: Path) -> None:
         " print('on', flush=True); sys.stdin.read()"
     )
     with start_sleeper(program, witness) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-
         ended = daemons.end_leftover_guests(tmp_path)
 
         assert ended == [process.pid]
         assert process.wait(timeout=10) == -signal.SIGKILL
 
 
-def start_sleeper(program: str, witness: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", program, str(witness)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+def test_leftover_qemu_is_found_by_the_pid_file_it_names(tmp_path: Path) -> None:
+    """Its RAM has no name. A pid file elsewhere is that of somebody else's."""
+    program = "import sys; print('on', flush=True); sys.stdin.read()"
+    elsewhere = Path(f"{tmp_path}-elsewhere/pid")
+    with (
+        start_sleeper(program, "-pidfile", tmp_path / "run/pid") as process,
+        start_sleeper(program, "-pidfile", elsewhere) as other,
+    ):
+        ended = daemons.end_leftover_guests(tmp_path)
+
+        assert ended == [process.pid]
+        assert process.wait(timeout=10) == -signal.SIGKILL
+        assert other.poll() is None
+
+
+def start_sleeper(program: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
+    """A process that runs *program*, which has said that it is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
 
 
 def test_spec_of_the_demo_is_one_that_a_host_creates_and_a_destination_amends() -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-fuzz.lock")
 TARGETS = (
-    "setup demo test lint type contracts check check-long model compat fixtures bench".split()  # noqa: SIM905
+    "setup demo demo-qemu test lint type contracts check check-long model compat fixtures bench".split()  # noqa: SIM905
     + "faults fuzz docs lock fmt clean help".split()  # noqa: SIM905
 )
 SOURCES = sorted([*(ROOT / "vmmigrate").rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "bench").glob("*.py")])

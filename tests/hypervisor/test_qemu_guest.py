@@ -30,7 +30,7 @@ from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_erro
 from vmmigrate.hypervisor.qemu.guest import QemuGuest
 from vmmigrate.hypervisor.qemu.stream import parse_stream
 
-pytestmark = requires_qemu
+pytestmark = [*requires_qemu, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
 RESUMES_BY_ITSELF = {"running", "tracking", "receiving", "noting"}

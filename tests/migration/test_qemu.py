@@ -60,6 +60,7 @@ async def wait_hashed_again(source: RunningHost, migration: str) -> None:
     assert found == "equal"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["sealed", "tls"])
 async def test_each_transport_carries_a_qemu_guest(tmp_path: Path, transport: str) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
@@ -73,6 +74,7 @@ async def test_each_transport_carries_a_qemu_guest(tmp_path: Path, transport: st
         assert (await check(hosts[1], instance))["consistent"]
 
 
+@pytest.mark.slow
 async def test_memory_that_was_never_touched_is_neither_sent_nor_there_afterwards(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
@@ -86,6 +88,7 @@ async def test_memory_that_was_never_touched_is_neither_sent_nor_there_afterward
         assert beta.guest(instance).ram.populated().count() <= touched + 64
 
 
+@pytest.mark.slow
 async def test_a_paused_guest_arrives_paused_and_moves_on_before_it_has_run(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha", "beta", "gamma") as fleet:
         hosts = [await start(fleet, name) for name in ("alpha", "beta", "gamma")]
@@ -103,6 +106,7 @@ async def test_a_paused_guest_arrives_paused_and_moves_on_before_it_has_run(tmp_
         assert (await check(hosts[2], instance))["consistent"]
 
 
+@pytest.mark.slow
 async def test_the_consoles_history_travels_and_goes_on(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
@@ -117,6 +121,7 @@ async def test_the_consoles_history_travels_and_goes_on(tmp_path: Path) -> None:
         assert all((after - before) % 26 == 1 for before, after in itertools.pairwise(letters))
 
 
+@pytest.mark.slow
 async def test_a_restarted_daemon_finds_its_qemu_guest_and_moves_it(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
@@ -133,6 +138,7 @@ async def test_a_restarted_daemon_finds_its_qemu_guest_and_moves_it(tmp_path: Pa
         assert owners.single, owners.problems
 
 
+@pytest.mark.slow
 async def test_an_instance_that_boots_from_its_disk_needs_no_program(tmp_path: Path) -> None:
     """Nothing is on the disk: the firmware says so, and the machine moves as it is."""
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
@@ -145,6 +151,7 @@ async def test_an_instance_that_boots_from_its_disk_needs_no_program(tmp_path: P
         assert (await beta.instance(instance))["state"] == "running"
 
 
+@pytest.mark.slow
 async def test_a_processor_that_the_spec_lists_is_the_same_on_both_hosts(tmp_path: Path) -> None:
     """Every leaf of the list is what QEMU made, or it would not have started; and what it cannot make is refused."""
     leaves = leaves_of(CpuidVendor.INTEL)

@@ -35,6 +35,7 @@ from vmmigrate.memory import MIB
 
 pytestmark = [
     *requires_qemu,
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("qemu-nbd") is None, reason="qemu-nbd is not installed (qemu-utils)"),
 ]
 

@@ -30,7 +30,7 @@ from tests.migration.qemu_fleet import VNIC, create_ready, machine, pci, start
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.hypervisor.qemu import saving
 
-pytestmark = requires_qemu
+pytestmark = [*requires_qemu, pytest.mark.slow]
 
 SLOWLY = {"bandwidth_mib_s": 16, "compression": "off"}  # some seconds for 56 MiB
 

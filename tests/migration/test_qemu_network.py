@@ -55,7 +55,7 @@ def taps() -> Iterator[tuple[str, str]]:
                 make_tap(name, keep=False)
 
 
-pytestmark = requires_qemu[1:]  # not `required`: tap interfaces are for root
+pytestmark = [*requires_qemu[1:], pytest.mark.slow]  # not `required`: tap interfaces are for root
 
 
 def carrier(name: str) -> bool:
