@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tools.bench_consoles import fault_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -132,3 +135,40 @@ def test_the_convergence_bench_tells_how_each_policy_ends_and_prints_the_contrac
     throttled = {run["policy"]: run["throttle_percent"] for run in printed["runs"]}
     assert throttled["auto-converge"] > 0 == throttled["wait"]
     assert "wait, dirty 3 of the link: total / RAM once" in printed["ratios"]
+
+
+@pytest.mark.slow
+@pytest.mark.required
+@pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no C compiler for the tracker and the guest")
+def test_the_qemu_bench_moves_the_same_guest_in_every_way_and_prints_the_contract() -> None:
+    """After every move the guest checks its memory, and its letters go on, or the bench fails."""
+    modes = ["native", "native_tls", "tracker_sealed_1", "tracker_sealed_2", "tracker_tls_1", "tracker_tls_2"]
+    printed = printed_by("qemu_vs_native", "--mib", "64", "--reps", "1", "--workloads", "dirty")
+
+    runs = printed["runs"]
+    assert [(run["mode"], run["workload"], run["rep"]) for run in runs] == [(mode, "dirty", 0) for mode in modes]
+    assert all(run["consistent"] for run in runs if run["mode"].startswith("tracker_"))
+    assert all(run["gap_ms"] >= run["handover_ms"] > run["steady_p50_ms"] > 0 for run in runs)
+    assert all(run["whole_ms"] >= run["total_ms"] >= run["bare_ms"] > 0 and run["cpu_s"] > 0 for run in runs)
+    assert all(run["sent_bytes"] > 48 << 20 for run in runs)
+    assert {run["mode"]: run["negotiated"] for run in runs if "negotiated" in run} == {
+        f"tracker_{transport}_{streams}": {"transport": transport, "streams": streams}
+        for transport in ("sealed", "tls")
+        for streams in (1, 2)
+    }
+    assert {
+        "total tracker_sealed_2 / native_tls, dirty",
+        "pause tracker_sealed_2 / native_tls, dirty",
+        "CPU tracker_tls_1 / native, dirty",
+    } <= set(printed["ratios"])
+
+
+def test_letters_that_are_missing_or_come_twice_are_found() -> None:
+    """What the bench with QEMU rests upon: a guest that goes on in the middle of a move repeats or skips some."""
+    assert fault_of(b"noise <READY>\nabcdefghijklmnopqrstuvwxyzabc") == ""
+    assert fault_of(b"xyzab") == ""
+    assert fault_of(b"abce") == "letter 3 of 4 is wrong: abce"
+    assert fault_of(b"abccde") == "letter 3 of 6 is wrong: abccde"
+    assert fault_of(b"abc\0d") == "letter 3 of 5 is wrong: abc?d"
+    assert fault_of(b"<READY>\n") == "there are no letters"

@@ -101,13 +101,6 @@ class QemuGuest(ProcessGuest):
         await self.ask("qom-set", path=f"/objects/{STAMP_OBJECT}", property="identity", value=memory.to_text())
         self._memory = memory
 
-    async def _claim(self, epoch: Epoch) -> Remembered:
-        """Raises: HypervisorError `stale_epoch`."""
-        memory = (await self.recall()).claimed(epoch)
-        if memory != self._memory:
-            await self._remember(memory)
-        return memory
-
     # -- running ---------------------------------------------------------------------------------------------------
 
     async def status(self) -> GuestStatus:
@@ -128,12 +121,14 @@ class QemuGuest(ProcessGuest):
 
     async def run(self, epoch: Epoch) -> None:
         async with self._acts:
-            memory = await self._claim(epoch)
+            memory = (await self.recall()).claimed(epoch)
             self._check_imported(memory)
             if await self._run_state() in {"running", "shutdown"}:
                 return
-            memory = await self._opened(memory)
-            await self._remember(replace(memory, ran=epoch, handoff=None, has_loaded=False, announces=False))
+            if not memory.is_open:
+                await self._activate_all()
+            ran = replace(memory, ran=epoch, handoff=None, is_open=True, has_loaded=False, announces=False)
+            await self._remember(ran)
             await self._continue()
             if memory.announces and self.plan.nics:
                 with contextlib.suppress(HypervisorError):  # it runs: whatever else is wrong is found out by others
@@ -208,9 +203,13 @@ class QemuGuest(ProcessGuest):
 
     async def open_backends(self, epoch: Epoch) -> None:
         async with self._acts:
-            memory = await self._claim(epoch)
+            memory = (await self.recall()).claimed(epoch)
             self._check_imported(memory)
-            await self._opened(memory)
+            if not memory.is_open:
+                await self._activate_all()
+            opened = replace(memory, is_open=True)
+            if opened != await self.recall():
+                await self._remember(opened)
 
     async def close_backends(self) -> None:
         async with self._acts:
@@ -219,17 +218,11 @@ class QemuGuest(ProcessGuest):
             if memory.is_open:
                 await self._save(memory, await self._run_state())
 
-    async def _opened(self, memory: Remembered) -> Remembered:
-        """Images active; what is remembered then. Raises: HypervisorError `backend_busy`, `backend_unavailable`."""
-        if memory.is_open:
-            return memory
-        await self._activate_all()
-        memory = replace(memory, is_open=True)
-        await self._remember(memory)
-        return memory
-
     async def _activate_all(self) -> None:
-        """What is active stays so. Raises: as `_opened`; some images may be active then, and are locked."""
+        """Make all images active; what is active stays so.
+
+        Raises: HypervisorError `backend_busy`, `backend_unavailable`: some images may be active then, and are locked.
+        """
         failure = None
         try:
             for number in range(len(self.plan.disks)):
