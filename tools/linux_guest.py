@@ -61,9 +61,9 @@ STAMP: Final = "stamp.json"
 _COMMAND_TIMEOUT_S: Final = 300.0
 
 # Traps: a line on the console must be one write(), which busybox's `echo` does. A heartbeat must fork nothing, so it
-# naps by reading, with a time limit, a fifo that nobody writes. $$ in a background loop is process 1. A file of counts
-# may be found empty (just truncated), never half written; the last values stand then. A tmpfs that takes the last page
-# panics the kernel instead of filling up, hence the look at what is available.
+# naps by reading, until time is up, a fifo that nobody writes; read like that, half a line is lost. $$ in a background
+# loop is process 1. A file of counts may be found empty (just truncated), never half written; the last values stand
+# then. A tmpfs that takes the last page panics the kernel instead of filling up, hence the look at what is available.
 INIT: Final = r"""#!/bin/sh
 export PATH=/bin
 
@@ -81,9 +81,9 @@ set_up_system() {
     dmesg -n 1  # the kernel does not wait for the end of our lines
     stty -F /dev/ttyS0 -echo -opost -isig -ixon -hupcl clocal icanon icrnl
     exec </dev/ttyS0 >/dev/ttyS0 2>&1
-    mkdir /run/slots
-    mkfifo /run/nap /run/ask /run/answer
-    exec 9<>/run/nap 8<>/run/ask 7<>/run/answer
+    mkdir /run/slots && : >/run/asked
+    mkfifo /run/nap /run/answer
+    exec 9<>/run/nap 7<>/run/answer
     for name in disk ping sum; do echo "${name}_ok=0 ${name}_fail=0" >/run/$name; done
     status >/dev/null  # so that there are last values
     for module in /modules/*.ko; do [ ! -e "$module" ] || insmod "$module" || fault "insmod $module"; done
@@ -220,7 +220,8 @@ disk_loop() {
     while :; do
         number=$((number + 1))
         count disk write_slot $((number % slots)) $number
-        read -r -t 0.1 -u 8 ask && echo "$ask $(lost_slots)" >&7
+        nap 0.1
+        read -r ask </run/asked && [ "$ask" != "$heard" ] && heard=$ask && echo "$ask $(lost_slots)" >&7
     done
 }
 
@@ -228,7 +229,7 @@ disk_loop() {
 
 check_disk() {
     asks=$((asks + 1))
-    echo $asks >&8
+    echo $asks >/run/asked
     until [ "$answered" = $asks ]; do
         read -r -t 120 -u 7 answered lost || { lost="no answer"; return; }
     done
@@ -256,7 +257,7 @@ obey() {
     done
 }
 
-faults= asks=0 answered=0 number=0 ok=0 fail=0
+faults= asks=0 answered=0 heard= number=0 ok=0 fail=0
 set_up_system
 read_parameters
 set_up_memory
