@@ -24,6 +24,7 @@ from vmmigrate.hypervisor.base import ConsoleHistory
 from vmmigrate.hypervisor.qemu.stream import DeviceStream
 
 HISTORY_BYTES: Final = 1 << 20
+MAX_HISTORY_BYTES: Final = 1 << 40
 _PUNCHED_FROM_BYTES: Final = 8 << 20
 _PAGE_BYTES: Final = 4096
 
@@ -128,6 +129,9 @@ def write_history(output: Path, history: ConsoleHistory) -> None:
 
     Raises: PayloadError `console_history`: lengths that no history can have.
     """
+    if history.total_bytes > MAX_HISTORY_BYTES:
+        text = f"{history.total_bytes} bytes, allowed are {MAX_HISTORY_BYTES}"
+        raise PayloadError(f"console {history.port}: a history of {text}", code="console_history")
     after = history.total_bytes - len(history.beginning)
     if len(history.beginning) != min(history.total_bytes, HISTORY_BYTES) or len(history.rolling) != min(
         after, HISTORY_BYTES

@@ -45,7 +45,7 @@ def problems(plan: GuestPlan, settings: QemuSettings, facts: QemuFacts) -> list[
         *_board_problems(plan, settings, facts),
         *_address_problems(plan),
         *(text for disk in plan.disks for text in _disk_problems(disk, settings, facts)),
-        *(text for nic in plan.nics for text in _nic_problems(nic, settings)),
+        *_nic_problems(plan.nics, settings),
         *_program_problems(plan.program, settings),
     ]
 
@@ -102,14 +102,20 @@ def _disk_problems(disk: DiskPlan, settings: QemuSettings, facts: QemuFacts) -> 
             yield f"{disk.backend_name}: a URL can only be read, allowed is readonly"
 
 
-def _nic_problems(nic: NicPlan, settings: QemuSettings) -> Iterator[str]:
-    if settings.network == "tap" and not 0 < len(nic.vnic_name.encode()) <= _LONGEST_INTERFACE:
-        yield f"{nic.backend_name}: {nic.vnic_name!r} is no interface name, allowed are 1..{_LONGEST_INTERFACE} bytes"
+def _nic_problems(nics: Sequence[NicPlan], settings: QemuSettings) -> Iterator[str]:
+    """QEMU saves the state of every network of its own under one name: a guest with two could not be moved."""
+    if settings.network == "user":
+        yield from (f"{nic.name}: QEMU's own network is for one NIC of a guest" for nic in nics[1:])
+        return
+    for nic in nics:
+        if not 0 < len(nic.vnic_name.encode()) <= _LONGEST_INTERFACE:
+            text = f"{nic.vnic_name!r} is no interface name, allowed are 1..{_LONGEST_INTERFACE} bytes"
+            yield f"{nic.backend_name}: {text}"
 
 
 def _program_problems(program: Mapping[str, Any], settings: QemuSettings) -> Iterator[str]:
     name = program.get("name", PROGRAM_DEFAULT)
-    if name not in {PROGRAM_DEFAULT, "kernel"}:
+    if name not in (PROGRAM_DEFAULT, "kernel"):
         yield f"program {name!r}: there is none of that name, allowed are {PROGRAM_DEFAULT} and kernel"
         return
     unknown = set(program) - (_PROGRAM_WORDS if name == "kernel" else {"name"})
@@ -132,9 +138,12 @@ def _program_problems(program: Mapping[str, Any], settings: QemuSettings) -> Ite
 
 
 def _is_allowed(path: object, roots: Sequence[Path]) -> bool:
-    if not isinstance(path, str) or not path.startswith("/"):
+    if not isinstance(path, str) or not path.startswith("/") or not path.isprintable():
         return False
-    resolved = Path(path).resolve()
+    try:
+        resolved = Path(path).resolve()
+    except (OSError, RuntimeError):  # a ring of links
+        return False
     return any(resolved.is_relative_to(root) for root in roots)
 
 
@@ -143,14 +152,19 @@ def _is_allowed(path: object, roots: Sequence[Path]) -> bool:
 
 def machine_type(plan: GuestPlan, facts: QemuFacts) -> str:
     """That of the guest at the source, else the newest: always one with a version."""
-    return plan.like.get("machine_type") or facts.machine_types[-1]
+    return _like(plan, "machine_type") or facts.machine_types[-1]
 
 
 def base_cpu(plan: GuestPlan, settings: QemuSettings) -> str:
     """The model for `-cpu`, without properties."""
     if plan.board.cpuid is not None:
         return cpu_model(plan.board.cpuid)[0].model
-    return plan.like.get("cpu_model") or settings.cpu_model
+    return _like(plan, "cpu_model") or settings.cpu_model
+
+
+def _like(plan: GuestPlan, fact: str) -> str | None:
+    """A fact of the guest at the source, if that is one of QEMU."""
+    return plan.like.get(fact) if plan.like.get("hypervisor") == "qemu" else None
 
 
 def arguments(
@@ -216,7 +230,7 @@ def _identity(plan: GuestPlan) -> Iterator[str]:
     if smbios is not None:
         words = {"manufacturer": "manufacturer", "product_name": "product", "serial_number": "serial"}
         spelled = [f"{word}={_escaped(smbios[name])}" for name, word in words.items()]
-        yield from ("-smbios", ",".join(["type=1", *spelled, f"version={smbios['version']}"]))
+        yield from ("-smbios", ",".join(["type=1", *spelled, f"version={_escaped(smbios['version'])}"]))
 
 
 def _serial_ports(plan: GuestPlan) -> Iterator[str]:
@@ -276,10 +290,12 @@ def nbd_node(address: str) -> dict[str, Any]:
     parts = urlsplit(address)
     export = unquote(parts.path.removeprefix("/"))
     if parts.scheme == "nbd+unix" and not parts.netloc:
-        sockets = parse_qs(parts.query).get("socket", [])
-        if len(sockets) == 1 and sockets[0].startswith("/"):
+        told = parse_qs(parts.query, keep_blank_values=True)
+        sockets = told.get("socket", [])
+        if set(told) == {"socket"} and len(sockets) == 1 and sockets[0].startswith("/") and not parts.fragment:
             return {"driver": "nbd", "server": {"type": "unix", "path": sockets[0]}, "export": export}
-    if parts.scheme == "nbd" and parts.hostname and not parts.query:
+    is_plain = not (parts.query or parts.fragment or parts.username is not None or parts.port == 0)
+    if parts.scheme == "nbd" and parts.hostname and is_plain:
         server = {"type": "inet", "host": parts.hostname, "port": str(parts.port or 10809)}
         return {"driver": "nbd", "server": server, "export": export}
     raise ValueError(

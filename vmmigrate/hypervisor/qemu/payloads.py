@@ -8,9 +8,9 @@ order. Disks that are blobs travel beside them, with their contents.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from vmmigrate.devices import registry
 from vmmigrate.devices.kinds import InMemoryBlockBackendV1
@@ -18,7 +18,7 @@ from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.devices.plan import ExpectedDevice, check_import
 from vmmigrate.errors import PayloadError
 from vmmigrate.hypervisor.base import PayloadDescription
-from vmmigrate.hypervisor.qemu.stream import DeviceStream, parse_stream
+from vmmigrate.hypervisor.qemu.stream import Described, DeviceStream, described, parse_stream, read_description
 
 FRAME_KIND: Final = "qemu/stream"
 DEVICE_KIND: Final = "qemu/device"
@@ -53,12 +53,10 @@ def to_stream(
     Raises: PayloadError: as `devices.plan.check_import`, with every problem; `payload_body`: what one says of itself is
         not what it is.
     """
-    known = [payload for payload in payloads if payload.version == 1 or payload.kind not in KINDS]
-    if len(known) < len(payloads):
-        wrong = next(payload for payload in payloads if payload not in known)
-        text = f"device {wrong.instance_name}, payload {wrong.kind} version {wrong.version}: can read only 1"
-        raise PayloadError(text, code="payload_version")
-    labels = _labels(payloads)
+    _check_versions(payloads)
+    listed = _listed(payloads)
+    # Without one end nobody knows which devices there are: then those that came are not to blame.
+    labels = [device.label for device in listed] if listed is not None else _device_names(payloads)
     plan = check_import(
         [
             *(ExpectedDevice(name, (BLOB_KIND,)) for name in blobs),
@@ -67,41 +65,76 @@ def to_stream(
         ],
         payloads,
     )
-    pieces = [plan.states[HEAD, FRAME_KIND], *(plan.states[label, DEVICE_KIND] for label in labels)]
-    stream = _parsed(b"".join([*pieces, plan.states[TAIL, FRAME_KIND]]), labels, pieces)
-    contents = {name: bytes(plan.states[name, BLOB_KIND].bytes) for name in blobs}
-    return stream, contents, plan.skipped
+    for name in blobs:
+        if (name, BLOB_KIND) not in plan.states:  # it calls itself optional, and its version is unknown
+            raise _error(name, BLOB_KIND, "payload_version", "its version cannot be read here")
+    assert listed is not None
+    pieces = {device.label: plan.states[device.label, DEVICE_KIND] for device in listed}
+    _check_pieces(listed, pieces)
+    frame = [plan.states[name, FRAME_KIND] for name in (HEAD, TAIL)]
+    stream = _parsed(b"".join([frame[0], *pieces.values(), frame[1]]), frame[0], pieces)
+    return stream, {name: bytes(plan.states[name, BLOB_KIND].bytes) for name in blobs}, plan.skipped
 
 
-def _labels(payloads: Sequence[DevicePayload]) -> list[str]:
-    """Devices in the order of the stream, as its end tells; none when there is no end, which is told elsewhere."""
+def _check_versions(payloads: Sequence[DevicePayload]) -> None:
+    for payload in payloads:
+        if payload.kind in KINDS and payload.version not in KINDS[payload.kind]:
+            text = f"version {payload.version}, can read only {', '.join(map(str, KINDS[payload.kind]))}"
+            raise _error(payload.instance_name, payload.kind, "payload_version", text)
+
+
+def _device_names(payloads: Sequence[DevicePayload]) -> list[str]:
+    return sorted({payload.instance_name for payload in payloads if payload.kind == DEVICE_KIND})
+
+
+def _listed(payloads: Sequence[DevicePayload]) -> list[Described] | None:
+    """Devices in the order of the stream, as its end tells; None when there is not exactly one.
+
+    Raises: PayloadError `payload_body`: it is no end.
+    """
     tails = [payload.body for payload in payloads if (payload.instance_name, payload.kind) == (TAIL, FRAME_KIND)]
     if len(tails) != 1:
-        return []
+        return None
+    tail = tails[0]
+    if tail[:2] != b"\x00\x06" or len(tail) != 6 + int.from_bytes(tail[2:6], "big"):
+        raise _error(TAIL, FRAME_KIND, "payload_body", "it is no end of a stream")
     try:
-        described: Any = json.loads(tails[0][6:])
-        return [_label(entry) for entry in described["devices"]]
-    except (ValueError, KeyError, TypeError):
-        raise _body(TAIL, FRAME_KIND, "it is no description of devices") from None
+        devices = [described(entry) for entry in read_description(tail)]
+    except PayloadError as exc:
+        raise _error(TAIL, FRAME_KIND, "payload_body", exc.text) from None
+    labels = Counter(device.label for device in devices)
+    twice = [label for label, count in labels.items() if count > 1]
+    if twice:
+        raise _error(TAIL, FRAME_KIND, "payload_body", f"it lists device {twice[0][:80]} {labels[twice[0]]} times")
+    if len(devices) > len(payloads):
+        raise _error(
+            TAIL, FRAME_KIND, "payload_missing", f"it lists {len(devices)} devices, {len(payloads)} payloads came"
+        )
+    return devices
 
 
-def _label(entry: Mapping[str, Any]) -> str:
-    name, instance = str(entry["name"]), int(entry["instance_id"])
-    return f"{name}#{instance}" if instance else name
+def _check_pieces(listed: Sequence[Described], pieces: Mapping[str, bytes]) -> None:
+    """Each begins and ends as a section of that device does."""
+    for device in listed:
+        piece = pieces[device.label]
+        footer = b"\x7e" + piece[1:5]
+        if piece[:1] != b"\x04" or not piece.startswith(device.header, 5) or not piece.endswith(footer):
+            raise _error(device.label, DEVICE_KIND, "payload_body", "it is not the state of that device")
 
 
-def _parsed(joined: bytes, labels: Sequence[str], pieces: Sequence[bytes]) -> DeviceStream:
+def _parsed(joined: bytes, head: bytes, pieces: Mapping[str, bytes]) -> DeviceStream:
     try:
         stream = parse_stream(joined)
     except PayloadError as exc:
-        raise _body(HEAD, FRAME_KIND, exc.text) from None
-    found = [stream.head, *(device.raw for device in stream.devices)]
-    for label, piece, own in zip((HEAD, *labels), pieces, found, strict=True):
-        if piece != own:
-            raise _body(label, DEVICE_KIND, "its state does not end where it should")
+        raise _error(HEAD, FRAME_KIND, "payload_body", exc.text) from None
+    if stream.head != head:
+        raise _error(HEAD, FRAME_KIND, "payload_body", "it holds more than what stands before the devices")
+    for device in stream.devices:
+        if pieces[device.label] != device.raw:
+            raise _error(device.label, DEVICE_KIND, "payload_body", "its state does not end where it should")
     return stream
 
 
-def _body(device: str, kind: str, text: str) -> PayloadError:
+def _error(device: str, kind: str, code: str, text: str) -> PayloadError:
     details = {"device": device, "kind": kind}
-    return PayloadError(f"device {device}, payload {kind}: {text}", code="payload_body", details=details)
+    return PayloadError(f"device {device}, payload {kind}: {text}", code=code, details=details)

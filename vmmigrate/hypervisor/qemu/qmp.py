@@ -45,21 +45,96 @@ class Event:
     data: Mapping[str, Any]
 
 
+class _Connection:
+    """One connection: what was read of it, and who waits for what. Over for good when anything about it is wrong."""
+
+    def __init__(self, sock: trio.socket.SocketType, path: Path) -> None:
+        self._sock, self._path = sock, path
+        self._unread = bytearray()
+        self._scanned = 0
+        self.awaited: set[int] = set()
+        self.replies: dict[int, dict[str, Any]] = {}
+        self.is_read = self.is_over = False
+        self.filed = trio.Event()
+
+    def close(self) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self._sock.close()
+            self.filed.set()
+
+    async def send(self, line: bytes) -> None:
+        """Raises: OSError, EOFError: it is over."""
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[await self._sock.send(left) :]
+        except trio.ClosedResourceError:
+            raise EOFError from None
+        except BaseException as exc:
+            # With half a line out, this stream says nothing sensible any more.
+            if len(left) < len(line) or not isinstance(exc, trio.Cancelled):
+                self.close()
+            raise
+
+    async def next_message(self) -> dict[str, Any]:
+        """Raises: OSError, EOFError; HypervisorError `qemu_protocol`: no JSON object, or a line without an end."""
+        while (end := self._unread.find(b"\n", self._scanned)) < 0:
+            self._scanned = len(self._unread)
+            if self._scanned > MAX_LINE_BYTES:
+                raise self._nonsense(f"a line of more than {MAX_LINE_BYTES} bytes")
+            self._unread += await self._receive()
+        line = bytes(self._unread[:end])
+        del self._unread[: end + 1]
+        self._scanned = 0
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise self._nonsense("a line that is no JSON object")
+        return message
+
+    async def agree(self) -> list[dict[str, Any]]:
+        """Leave negotiation mode; what else was said meanwhile. Raises: as `next_message`."""
+        if "QMP" not in await self.next_message():
+            raise self._nonsense("what listens there is no QMP monitor")
+        await self.send(b'{"execute": "qmp_capabilities"}\n')
+        beside = []
+        while "return" not in (reply := await self.next_message()):
+            if "error" in reply:
+                raise self._nonsense("it refuses to talk")
+            beside.append(reply)
+        return beside
+
+    async def _receive(self) -> bytes:
+        try:
+            chunk = await self._sock.recv(_CHUNK_BYTES)
+        except OSError:
+            self.close()
+            raise
+        except trio.ClosedResourceError:
+            raise EOFError from None
+        if not chunk:
+            self.close()
+            raise EOFError
+        return chunk
+
+    def _nonsense(self, text: str) -> HypervisorError:
+        self.close()
+        return HypervisorError(f"{self._path}: {text}", code="qemu_protocol")
+
+
 class Qmp:
     """One client of one monitor; connects when it is first needed, and is closed for good by `close`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._sock: trio.socket.SocketType | None = None
-        self._unread = bytearray()
-        self._scanned = 0
+        self._connection: _Connection | None = None
+        self._opening: _Connection | None = None
         self._ids = itertools.count(1)
-        self._awaited: set[int] = set()
-        self._replies: dict[int, dict[str, Any]] = {}
         self._events: deque[Event] = deque(maxlen=_EVENTS_KEPT)
         self._write_lock = trio.Lock()
-        self._is_read = False
-        self._filed = trio.Event()
         self._closed = False
         self.events_seen = 0
 
@@ -67,20 +142,26 @@ class Qmp:
         """What QEMU answers. Underscores in names of arguments stand for QMP's hyphens. The caller sets the deadline.
 
         Raises:
-            QmpError: QEMU's own error. OSError, EOFError: the connection is over.
+            QmpError: QEMU's own error. OSError, EOFError: the connection is over. HypervisorError `qemu_protocol`.
         """
         number = next(self._ids)
         spelled = {name.replace("_", "-"): value for name, value in arguments.items()}
         line = json.dumps({"execute": command, "arguments": spelled, "id": number}).encode() + b"\n"
-        self._awaited.add(number)
+        async with self._write_lock:
+            connection = await self._connected()
+            connection.awaited.add(number)
+            try:
+                await connection.send(line)
+            except BaseException:
+                connection.awaited.discard(number)
+                raise
         try:
-            await self._send(line)
-            while number not in self._replies:
-                await self._wait_for_some()
-            reply = self._replies[number]
+            while number not in connection.replies:
+                await self._wait_for_some(connection)
+            reply = connection.replies[number]
         finally:
-            self._awaited.discard(number)
-            self._replies.pop(number, None)
+            connection.awaited.discard(number)
+            connection.replies.pop(number, None)
         return _result(command, reply)
 
     async def wait_event(
@@ -90,127 +171,90 @@ class Qmp:
 
         Raises: OSError, EOFError: the connection is over.
         """
+        connection = self._connection
         while True:
             for event in self._events:
                 if event.number > after and event.name == name and (matches is None or matches(event.data)):
                     return event
-            await self._wait_for_some()
+            if connection is None:
+                raise EOFError
+            await self._wait_for_some(connection)
 
     def close(self) -> None:
         self._closed = True
-        self._drop()
+        for connection in (self._connection, self._opening):
+            if connection is not None:
+                connection.close()
 
     async def open(self) -> None:
         """Connect and leave negotiation mode; again, when there is no greeting: a QEMU that starts can miss a client
         that was there before it (seen once in some thousand starts). The caller sets the deadline.
 
-        Raises: OSError, EOFError: nobody there, or it went away.
+        Raises: OSError, EOFError: nobody there, or it went away. HypervisorError `qemu_protocol`, `guest_detached`.
         """
-        while True:
+        connection = None
+        while connection is None:
             with trio.move_on_after(GREETING_S):
-                await self._open()
-                return
+                connection = await self._open()
+        self._connection = connection
 
-    async def _open(self) -> None:
+    async def _open(self) -> _Connection:
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._opening = connection = _Connection(sock, self._path)
         try:
             await sock.connect(str(self._path))
-            self._sock, self._unread, self._scanned = sock, bytearray(), 0
-            greeting = await self._next_message()
-            if "QMP" not in greeting:
-                raise HypervisorError(f"{self._path}: what listens there is no QMP monitor", code="qemu_protocol")
-            await _send_all(sock, b'{"execute": "qmp_capabilities"}\n')
-            while "return" not in (reply := await self._next_message()):
-                self._file(reply)
-        except BaseException:
-            sock.close()
-            self._sock = None
-            raise
-
-    async def _send(self, line: bytes) -> None:
-        async with self._write_lock:
-            if self._sock is None:
-                if self._closed:
-                    raise HypervisorError("this daemon has let go of the guest", code="guest_detached")
-                await self.open()
-            assert self._sock is not None
-            try:
-                await _send_all(self._sock, line)
-            except BaseException:  # perhaps half a line is out: this stream says nothing sensible any more
-                self._drop()
-                raise
-
-    async def _wait_for_some(self) -> None:
-        """Until something has been read, by us or by another. Nobody queues: it may have been filed by then."""
-        if self._is_read:
-            await self._filed.wait()
-            return
-        self._is_read = True
-        try:
-            self._file(await self._next_message())
-        finally:
-            self._is_read = False
-            self._filed.set()
-            self._filed = trio.Event()
-
-    def _file(self, message: dict[str, Any]) -> None:
-        if "event" in message:
-            self.events_seen += 1
-            self._events.append(Event(self.events_seen, message["event"], message.get("data", {})))
-        elif message.get("id") in self._awaited:
-            self._replies[message["id"]] = message
-
-    async def _next_message(self) -> dict[str, Any]:
-        """Raises: OSError, EOFError; HypervisorError `qemu_protocol`: no JSON object, or a line without an end."""
-        while (end := self._unread.find(b"\n", self._scanned)) < 0:
-            self._scanned = len(self._unread)
-            if self._scanned > MAX_LINE_BYTES:
-                self._drop()
-                raise HypervisorError(f"{self._path}: a line of more than {MAX_LINE_BYTES} bytes", code="qemu_protocol")
-            self._unread += await self._receive()
-        line = bytes(self._unread[:end])
-        del self._unread[: end + 1]
-        self._scanned = 0
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
-        if not isinstance(message, dict):
-            self._drop()
-            raise HypervisorError(f"{self._path}: a line that is no JSON object", code="qemu_protocol")
-        return message
-
-    async def _receive(self) -> bytes:
-        sock = self._sock
-        if sock is None:
-            raise EOFError
-        try:
-            chunk = await sock.recv(_CHUNK_BYTES)
-        except OSError:
-            self._drop()
-            raise
-        except trio.ClosedResourceError:  # another command gave up in the middle of its line
+            for message in await connection.agree():
+                self._file(connection, message)
+        except trio.ClosedResourceError:
             raise EOFError from None
-        if not chunk:
-            self._drop()
-            raise EOFError
-        return chunk
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            self._opening = None
+        return connection
 
-    def _drop(self) -> None:
-        if self._sock is not None:
-            self._sock.close()
-            self._sock = None
+    async def _connected(self) -> _Connection:
+        if self._connection is None or self._connection.is_over:
+            if self._closed:
+                raise HypervisorError("this daemon has let go of the guest", code="guest_detached")
+            await self.open()
+            assert self._connection is not None
+            if self._closed:
+                self._connection.close()
+                raise EOFError
+        return self._connection
+
+    async def _wait_for_some(self, connection: _Connection) -> None:
+        """Until something has been read, by us or by another. Nobody queues: it may have been filed by then."""
+        if connection.is_over:
+            raise EOFError
+        if connection.is_read:
+            await connection.filed.wait()
+            return
+        connection.is_read = True
+        try:
+            self._file(connection, await connection.next_message())
+        finally:
+            connection.is_read = False
+            connection.filed.set()
+            connection.filed = trio.Event()
+
+    def _file(self, connection: _Connection, message: dict[str, Any]) -> None:
+        name, number = message.get("event"), message.get("id")
+        if isinstance(name, str):
+            told = message.get("data")
+            self.events_seen += 1
+            self._events.append(Event(self.events_seen, name, told if isinstance(told, dict) else {}))
+        elif type(number) is int and number in connection.awaited:
+            connection.replies[number] = message
 
 
 def _result(command: str, reply: Mapping[str, Any]) -> Any:
-    if "error" in reply:
-        error = reply["error"]
+    error = reply.get("error")
+    if isinstance(error, dict):
         details = {"command": command, "class": error.get("class", "")}
         raise QmpError(f"{command}: {error.get('desc', 'no reason given')}", details=details)
+    if "return" not in reply:
+        raise HypervisorError(f"{command}: an answer that says nothing", code="qemu_protocol")
     return reply["return"]
-
-
-async def _send_all(sock: trio.socket.SocketType, line: bytes) -> None:
-    left = memoryview(line)
-    while left:
-        left = left[await sock.send(left) :]

@@ -27,7 +27,9 @@ from typing import Any, Final
 from vmmigrate.errors import PayloadError
 
 MAX_STREAM_BYTES: Final = 256 << 20
+MAX_DESCRIPTION_BYTES: Final = 16 << 20  # that of a machine with 255 processors has 4 MiB
 MAX_DEVICES: Final = 4000
+MAX_BLOCKS: Final = 4096
 _PAGE_BYTES: Final = 4096
 
 _HEADER: Final = struct.pack(">II", 0x5145564D, 3)
@@ -37,7 +39,8 @@ _EOF: Final = 0x00
 
 _ZERO, _MEM_SIZE, _PAGE, _EOS, _CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 _FLUSH: Final = 0x200
-_KNOWN_FLAGS: Final = _ZERO | _MEM_SIZE | _PAGE | _EOS | _CONTINUE | _FLUSH
+_RECORDS: Final = {_ZERO, _ZERO | _CONTINUE, _PAGE, _PAGE | _CONTINUE, _MEM_SIZE, _EOS, _FLUSH}
+_COMMANDS: Final = {1: "open return path", 2: "ping"}  # the others belong to post-copy and COLO
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ class DeviceSection:
 
     @property
     def label(self) -> str:
-        """Unique within a machine: devices of one name are counted."""
-        return f"{self.name}#{self.instance}" if self.instance else self.name
+        """Unique within a machine."""
+        return label_of(self.name, self.instance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,19 +86,27 @@ class DeviceStream:
         return b"".join([self.head, *(device.raw for device in self.devices), self.tail])
 
 
-def end_of_stream(stream: bytes | bytearray) -> bool:
-    """Whether *stream*, of which more may come, ends with a whole description.
+def whole_stream(stream: bytes | bytearray) -> DeviceStream | None:
+    """*stream* in pieces; None as long as it is not whole. Cheap until the very end.
 
-    Cheap: it looks at the last byte and for the last end mark.
+    What a guest has put into its devices can look like an end; so it is one only if everything before it fits.
     """
-    if not stream.endswith(b"}"):
-        return False
-    at = stream.rfind(b"\x00\x06", max(len(stream) - MAX_STREAM_BYTES, 0))
+    if not stream.endswith(b"}") or _end_mark(stream) is None:
+        return None
+    try:
+        return parse_stream(bytes(stream))
+    except PayloadError:
+        return None
+
+
+def _end_mark(stream: bytes | bytearray) -> int | None:
+    """Where the end mark stands whose description reaches exactly to the end."""
+    at = stream.rfind(b"\x00\x06", max(len(stream) - MAX_DESCRIPTION_BYTES, 0))
     while at >= 0:
-        if len(stream) >= at + 7 and at + 6 + int.from_bytes(stream[at + 2 : at + 6], "big") == len(stream):
-            return stream[at + 6 : at + 7] == b"{"
-        at = stream.rfind(b"\x00\x06", 0, at + 1)
-    return False
+        if at + 6 + int.from_bytes(stream[at + 2 : at + 6], "big") == len(stream):
+            return at
+        at = stream.rfind(b"\x00\x06", max(len(stream) - MAX_DESCRIPTION_BYTES, 0), at + 1)
+    return None
 
 
 def parse_stream(stream: bytes) -> DeviceStream:
@@ -106,30 +117,46 @@ def parse_stream(stream: bytes) -> DeviceStream:
     cursor = _Cursor(stream)
     if cursor.take(8) != _HEADER:
         raise _error("not a migration stream of version 3")
-    machine_type, blocks, ram_id = "", list[RamBlock](), None
-    while True:
-        kind = cursor.peek()
-        if kind == _CONFIGURATION:
-            machine_type = _configuration(cursor)
-        elif kind == _COMMAND:
-            cursor.take(3)
-            cursor.take(cursor.number(2))
-        elif kind == _START:
-            ram_id = _ram_start(cursor)
-            blocks = _ram_body(cursor)
-            _footer(cursor, ram_id)
-        elif kind in {_PART, _END}:
-            cursor.take(1)
-            if cursor.number(4) != ram_id:
-                raise _error("a part of a section that is not RAM")
-            _ram_body(cursor)
-            _footer(cursor, ram_id)
-        else:
-            break
+    if cursor.peek() != _CONFIGURATION:
+        raise _error("it does not begin with a configuration")
+    machine_type = _configuration(cursor)
+    blocks = _ram_sections(cursor)
     head = stream[: cursor.at]
     description, tail_at = _description(stream)
     devices = tuple(_devices(stream, cursor.at, tail_at, description))
     return DeviceStream(machine_type, tuple(blocks), head, devices, stream[tail_at:])
+
+
+def _ram_sections(cursor: _Cursor) -> list[RamBlock]:
+    """Commands, and the sections of RAM, up to the first device; the list of blocks."""
+    blocks, ram_id = list[RamBlock](), None
+    while (kind := cursor.peek()) in {_COMMAND, _START, _PART, _END, _CONFIGURATION}:
+        if kind == _CONFIGURATION:
+            raise _error("a second configuration")
+        if kind == _COMMAND:
+            _command(cursor)
+            continue
+        if kind == _START:
+            if ram_id is not None:
+                raise _error("RAM begins twice")
+            ram_id = _ram_start(cursor)
+        else:
+            cursor.take(1)
+            if cursor.number(4) != ram_id or ram_id is None:
+                raise _error("a part of a section that is not RAM")
+        blocks += _ram_body(cursor)
+        _footer(cursor, ram_id)
+    if ram_id is None:
+        raise _error("no RAM")
+    return blocks
+
+
+def _command(cursor: _Cursor) -> None:
+    cursor.take(1)
+    command = cursor.number(2)
+    if command not in _COMMANDS:
+        raise _error(f"unknown command {command}")
+    cursor.take(cursor.number(2))
 
 
 class _Cursor:
@@ -201,26 +228,29 @@ def _ram_body(cursor: _Cursor) -> list[RamBlock]:
     while True:
         word = cursor.number(8)
         flags, offset = word & (_PAGE_BYTES - 1), word & -_PAGE_BYTES
-        if flags & ~_KNOWN_FLAGS:
+        if flags not in _RECORDS:
             raise _error(f"RAM record with unknown flags {flags:#x}")
-        if flags & _MEM_SIZE:
+        if flags == _EOS:
+            return blocks
+        if flags == _MEM_SIZE:
             blocks += _block_list(cursor, offset)
-        elif flags & (_ZERO | _PAGE):
+        elif flags != _FLUSH:
             if not flags & _CONTINUE:
                 cursor.text(1)
             cursor.take(1 if flags & _ZERO else _PAGE_BYTES)
-        if flags & _EOS:
-            return blocks
 
 
 def _block_list(cursor: _Cursor, total_bytes: int) -> Iterator[RamBlock]:
-    while total_bytes > 0:
+    for _ in range(MAX_BLOCKS):
+        if not total_bytes:
+            return
         name, size_bytes = cursor.text(1), cursor.number(8)
-        if not size_bytes:
-            raise _error(f"RAM block {name[:80]} of no bytes")
+        if not 0 < size_bytes <= total_bytes:
+            raise _error(f"RAM block {name[:80]} of {size_bytes} bytes, there are {total_bytes} for it")
         # Only `x-ignore-shared` writes the address, and these streams are all made with it.
         yield RamBlock(name, size_bytes, cursor.number(8))
         total_bytes -= size_bytes
+    raise _error(f"more than {MAX_BLOCKS} RAM blocks")
 
 
 def _footer(cursor: _Cursor, section_id: int) -> None:
@@ -228,53 +258,86 @@ def _footer(cursor: _Cursor, section_id: int) -> None:
         raise _error("a section without its end")
 
 
-def _description(stream: bytes) -> tuple[dict[str, Any], int]:
-    """What the stream says of itself, and where its end mark stands."""
-    at = stream.rfind(b"\x00\x06")
-    while at >= 0:
-        if at + 6 + int.from_bytes(stream[at + 2 : at + 6], "big") == len(stream):
-            try:
-                described = json.loads(stream[at + 6 :])
-            except ValueError:
-                break
-            if isinstance(described, dict) and isinstance(described.get("devices"), list):
-                return described, at
-            break
-        at = stream.rfind(b"\x00\x06", 0, at + 1)
-    raise _error("no description at its end")
+def _description(stream: bytes) -> tuple[list[Any], int]:
+    """The devices that the stream says it has, and where its end mark stands."""
+    at = _end_mark(stream)
+    if at is None:
+        raise _error("no description at its end")
+    return read_description(stream[at:]), at
 
 
-def _devices(stream: bytes, at: int, end: int, description: dict[str, Any]) -> Iterator[DeviceSection]:
-    listed = description["devices"]
-    if len(listed) > MAX_DEVICES:
-        raise _error(f"{len(listed)} devices, allowed are {MAX_DEVICES}")
-    starts = [_header_of(entry) for entry in listed]
-    for n, (name, instance, header) in enumerate(starts):
-        if stream[at : at + 1] != bytes([_FULL]) or stream[at + 5 : at + 5 + len(header)] != header:
-            raise _error(f"device {name[:80]} is not where the description says")
+def read_description(tail: bytes) -> list[Any]:
+    """The devices, as an end mark and what follows it list them; each is still to be checked.
+
+    Raises: PayloadError `qemu_stream`.
+    """
+    if len(tail) > MAX_DESCRIPTION_BYTES:
+        raise _error(f"a description of {len(tail)} bytes, allowed are {MAX_DESCRIPTION_BYTES}")
+    try:
+        devices = json.loads(tail[6:])["devices"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise _error("its description is none") from None
+    if not isinstance(devices, list) or len(devices) > MAX_DEVICES:
+        raise _error(f"its description lists no devices, or more than {MAX_DEVICES}")
+    return devices
+
+
+def _devices(stream: bytes, at: int, end: int, listed: list[Any]) -> Iterator[DeviceSection]:
+    starts = [described(entry) for entry in listed]
+    labels = set[str]()
+    for n, device in enumerate(starts):
+        if stream[at : at + 1] != bytes([_FULL]) or not stream.startswith(device.header, at + 5):
+            raise _error(f"device {device.name[:80]} is not where the description says")
         footer = bytes([_FOOTER]) + stream[at + 1 : at + 5]
-        after = starts[n + 1][2] if n + 1 < len(starts) else None
-        version_at = at + 6 + len(name) + 4
-        version = int.from_bytes(stream[version_at : version_at + 4], "big")
-        finish = _end_of_device(stream, at + 5 + len(header), end, footer, after)
+        after = starts[n + 1].header if n + 1 < len(starts) else None
+        finish = _end_of_device(stream, at + 5 + len(device.header), end, footer, after)
         if finish is None:
-            raise _error(f"the state of device {name[:80]} does not end")
-        yield DeviceSection(name, instance, version, stream[at:finish])
+            raise _error(f"the state of device {device.name[:80]} does not end")
+        if device.label in labels:
+            raise _error(f"device {device.label[:80]} is there twice")
+        labels.add(device.label)
+        version_at = at + 6 + len(device.name) + 4
+        version = int.from_bytes(stream[version_at : version_at + 4], "big")
+        yield DeviceSection(device.name, device.instance, version, stream[at:finish])
         at = finish
     if at != end:
         raise _error("there is more than the description says")
 
 
-def _header_of(entry: Any) -> tuple[str, int, bytes]:
-    """Name, instance, and what of the section's header is known; devices of the old style do not tell their version."""
-    try:
-        name, instance = entry["name"], entry["instance_id"]
-        packed = bytes([len(name)]) + name.encode("ascii") + struct.pack(">I", instance & 0xFFFFFFFF)
-        if "version" in entry:
-            packed += struct.pack(">I", entry["version"])
-    except (KeyError, TypeError, ValueError, AttributeError, struct.error):
-        raise _error("an entry of the description is malformed") from None
-    return name, instance, packed
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A device as the description has it; `header` is what follows from that of its section's, behind the id."""
+
+    name: str
+    instance: int
+    header: bytes
+
+    @property
+    def label(self) -> str:
+        return label_of(self.name, self.instance)
+
+
+def described(entry: Any) -> Described:
+    """An entry of the description, checked. Devices of the old style do not tell their version.
+
+    Raises: PayloadError `qemu_stream`.
+    """
+    name = entry.get("name") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or not name.isascii() or not 0 < len(name) < 256:
+        raise _error("an entry of the description has no name")
+    header = bytes([len(name)]) + name.encode("ascii")
+    for word in ("instance_id", "version"):
+        number = entry.get(word)
+        if word in entry or word == "instance_id":
+            if type(number) is not int or not 0 <= number < 1 << 32:
+                raise _error(f"device {name[:80]} has an impossible {word}")
+            header += struct.pack(">I", number)
+    return Described(name, entry["instance_id"], header)
+
+
+def label_of(name: str, instance: int) -> str:
+    """Devices of one name are counted."""
+    return f"{name}#{instance}" if instance else name
 
 
 def _end_of_device(stream: bytes, at: int, end: int, footer: bytes, after: bytes | None) -> int | None:
@@ -292,3 +355,8 @@ def _end_of_device(stream: bytes, at: int, end: int, footer: bytes, after: bytes
 
 def _error(text: str) -> PayloadError:
     return PayloadError(f"QEMU's device state: {text}", code="qemu_stream")
+
+
+def end_of_stream(stream: bytes | bytearray) -> bool:
+    """Whether *stream*, of which more may come, is whole."""
+    return whole_stream(stream) is not None
