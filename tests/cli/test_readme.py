@@ -96,8 +96,9 @@ def test_every_setting_is_documented() -> None:
     missing = []
     for section, field in Config.model_fields.items():
         model = field.annotation
-        assert isinstance(model, type)
-        assert issubclass(model, BaseModel)
+        if not isinstance(model, type) or not issubclass(model, BaseModel):
+            missing += [section] if f"`{section}`" not in text else []
+            continue
         names = [f"{section}.{name}" for name in model.model_fields if name != "deadlines"]  # they have a table
         missing += [name for name in names if f"`{name}`" not in text and f"`[{name}]`" not in text]
 

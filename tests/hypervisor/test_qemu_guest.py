@@ -25,6 +25,7 @@ from tests.hypervisor.qemu_hosts import (
     stress_program,
 )
 from vmmigrate.devices.payload import DevicePayload
+from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestProcess, GuestStamp, RunState
 from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_error, move, wait_heartbeats
 from vmmigrate.hypervisor.qemu.guest import QemuGuest
@@ -447,3 +448,34 @@ async def test_more_keys_than_a_console_takes_are_refused_whole(hosts: QemuHosts
     await guest.console_input("console", b"k" * 40_000)
     await expect_error("console_input", guest.console_input("console", b"k" * 40_000))
     await expect_error("no_such_port", guest.console_input("nowhere", b"k"))
+
+
+async def test_a_probe_of_a_daemon_that_was_killed_is_ended_by_the_next(hosts: QemuHosts) -> None:
+    runtime = hosts.root / "a"
+    script = f"""
+import trio
+from pathlib import Path
+from vmmigrate.hypervisor.qemu import inspecting
+from vmmigrate.hypervisor.qemu.adapter import QemuHypervisor
+async def for_ever(*_, **__):
+    print("asking", flush=True)
+    await trio.sleep_forever()
+inspecting.abilities = for_ever
+trio.run(QemuHypervisor.open, Path({str(runtime)!r}))
+"""
+    daemon = started([sys.executable, "-c", script])
+    await first_line(daemon)
+    daemon.kill()
+    await trio.to_thread.run_sync(daemon.communicate)
+    (left,) = runtime.iterdir()
+    with trio.fail_after(10):
+        while not await trio.Path(left / "pid").exists():
+            await trio.sleep(0.01)
+    pid = int((left / "pid").read_text())
+    begun = kernel.start_ticks_of(pid)
+    assert begun is not None
+
+    await hosts.open("a")
+
+    assert list(runtime.iterdir()) == []
+    assert processes.find(pid, begun) is None

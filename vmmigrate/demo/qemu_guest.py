@@ -47,12 +47,7 @@ class QemuGuest:
         check_qemu()
 
     def prepare(self, site: Site) -> None:
-        try:
-            build_stress_guest(site.guest)
-        except HypervisorError as exc:
-            if exc.code == "no_compiler":
-                raise HypervisorError(f"{exc.text}; on Debian: apt-get install gcc", code=exc.code) from exc
-            raise
+        build_stress_guest(site.guest)
         with open(site.guest / _DISK, "wb") as disk:
             disk.truncate(_DISK_BYTES)
 

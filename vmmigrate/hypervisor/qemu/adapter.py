@@ -43,6 +43,7 @@ log = structlog.get_logger(__name__)
 
 REQUEST_DEADLINE_S: Final = 10.0
 START_DEADLINE_S: Final = 30.0
+_PROBE: Final = "probe-"
 _LONGEST_SOCKET: Final = f"{processes.ANY_TOKEN}/qmp"
 WrapTracker = Callable[[DirtyTracker], DirtyTracker]
 
@@ -91,6 +92,7 @@ class QemuHypervisor:
         """
         settings = settings or QemuSettings()
         await trio.to_thread.run_sync(processes.prepare_runtime_dir, runtime_dir, _LONGEST_SOCKET)
+        await trio.to_thread.run_sync(_end_old_probes, runtime_dir)
         facts = await _ask_facts(runtime_dir, settings, options.get("start_deadline_s", START_DEADLINE_S))
         if facts.version[:2] < OLDEST_VERSION or not facts.machine_types:
             oldest = ".".join(map(str, OLDEST_VERSION))
@@ -295,13 +297,13 @@ async def _ask_facts(runtime_dir: Path, settings: QemuSettings, deadline_s: floa
 
 async def _probe(runtime_dir: Path, settings: QemuSettings, deadline_s: float, *, has_sandbox: bool) -> QemuFacts:
     """Raises: HypervisorError `qemu_missing`, `guest_start`; `accelerator`: with what QEMU said."""
-    files = QemuFiles(runtime_dir / f"probe-{secrets.token_hex(processes.TOKEN_BYTES)[:2]}")
+    files = QemuFiles(runtime_dir / f"{_PROBE}{secrets.token_hex(processes.TOKEN_BYTES)[:2]}")
     arguments = [
         settings.binary,
         *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S"),
         *(machine.SANDBOX if has_sandbox else ()),
         *("-accel", settings.accelerator, "-chardev", f"socket,id=monitor,fd={machine.MONITOR_FD},server=on,wait=off"),
-        *("-mon", "chardev=monitor,mode=control"),
+        *("-mon", "chardev=monitor,mode=control", "-pidfile", str(files.pid)),
     ]
     watch = None
     try:
@@ -315,6 +317,17 @@ async def _probe(runtime_dir: Path, settings: QemuSettings, deadline_s: float, *
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(_end_probe, watch, files)
+
+
+def _end_old_probes(runtime_dir: Path) -> None:
+    """Those of a daemon that was killed while it asked."""
+    for directory in runtime_dir.glob(f"{_PROBE}*"):
+        files = QemuFiles(directory)
+        pid = _pid_of(files)
+        started = None if pid is None else kernel.start_ticks_of(pid)
+        if pid is not None and started is not None:
+            processes.end_process(GuestProcess(pid, started, files.monitor))
+        files.remove()
 
 
 def _start_probe(arguments: Sequence[str], files: QemuFiles) -> processes.ProcessWatch:

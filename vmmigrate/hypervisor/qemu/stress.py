@@ -113,7 +113,8 @@ def build_stress_guest(directory: Path, compiler: str | None = None) -> Path:
     wanted = (compiler,) if compiler else _COMPILERS
     found = next(filter(None, map(shutil.which, wanted)), None)
     if found is None:
-        raise HypervisorError(f"no compiler for the stress guest: {' or '.join(wanted)}", code="no_compiler")
+        text = f"no compiler for the stress guest: {' or '.join(wanted)}; on Debian: apt-get install gcc"
+        raise HypervisorError(text, code="no_compiler")
     elf = directory / "stress.elf"
     _compile([found, *_FLAGS, f"-Wl,-T,{_LINK_SCRIPT}", "-o", str(elf), str(_SOURCE)])
     return elf
