@@ -7,6 +7,8 @@ without bound) is a defect. Seeds are small and valid, so that a fuzzer begins w
 
 from __future__ import annotations
 
+import json
+import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +35,8 @@ from vmmigrate.errors import (
     UsageError,
     VmMigrateError,
 )
+from vmmigrate.hypervisor.qemu.payloads import TAIL, from_stream, to_stream
+from vmmigrate.hypervisor.qemu.stream import end_of_stream, parse_stream
 from vmmigrate.memory import PAGE_SIZE, RamLayout, Region
 from vmmigrate.net.door import HELLO, StreamHello, parse_hello
 from vmmigrate.net.identity import Identity, identity_of_certificate
@@ -214,6 +218,25 @@ def read_payload(raw: bytes) -> None:
     registry.decode(DevicePayload("device", kind.name, version, raw[2:]))
 
 
+@refusing(PayloadError)
+def read_qemu_stream(raw: bytes) -> None:
+    stream = parse_stream(raw)
+    assert stream.joined() == raw
+    assert end_of_stream(raw)
+
+
+@refusing(PayloadError)
+def read_qemu_payloads(raw: bytes) -> None:
+    """Cut where the seed is cut: the pieces of a damaged stream are payloads that a hostile peer might send."""
+    payloads, at = [], 0
+    for whole in from_stream(parse_stream(_qemu_seed()), {}):
+        body = raw[at : at + len(whole.body)] if whole.instance_name != TAIL else raw[at:]
+        payloads.append(replace(whole, body=body))
+        at += len(whole.body)
+    stream, _, _ = to_stream(payloads, [])
+    assert stream.joined() == raw
+
+
 @refusing(JournalError)
 def read_journal(raw: bytes) -> None:
     contents = read_contents(raw, "journal")
@@ -325,6 +348,17 @@ def _payload_seeds() -> list[bytes]:
     return seeds
 
 
+def _qemu_seed() -> bytes:
+    """A whole stream of QEMU's, as small as can be: a machine type, one block of RAM, two devices."""
+    block = b"\x06pc.ram" + struct.pack(">QQ", PAGE_SIZE, 0)
+    ram = b"\x01\0\0\0\2\x03ram" + struct.pack(">IIQ", 0, 4, PAGE_SIZE | 4) + block + struct.pack(">Q", 0x10)
+    head = struct.pack(">II", 0x5145564D, 3) + b"\x07\0\0\0\x0dpc-i440fx-7.2" + ram + b"\x7e\0\0\0\2"
+    devices = [b"\x04\0\0\0%c\x04apic\0\0\0%c\0\0\0\3state\x7e\0\0\0%c" % (3 + n, n, 3 + n) for n in range(2)]
+    listed = [{"name": "apic", "instance_id": n, "version": 3} for n in range(2)]
+    described = json.dumps({"devices": listed}).encode()
+    return head + b"".join(devices) + b"\0\x06" + struct.pack(">I", len(described)) + described
+
+
 def _journal_seed() -> bytes:
     """A short history: an instance that was made, stopped and removed."""
     with tempfile.TemporaryDirectory() as directory:
@@ -365,6 +399,8 @@ TARGETS: Mapping[str, Target] = {
         Target("record", read_record, _record_seeds()),
         Target("stream", read_stream, [_stream_seed()], 16_384),
         Target("payload", read_payload, _payload_seeds(), 16_384),
+        Target("qemu_stream", read_qemu_stream, [_qemu_seed()], 16_384),
+        Target("qemu_payloads", read_qemu_payloads, [_qemu_seed()], 16_384),
         Target("journal", read_journal, [_journal_seed()]),
         Target("spec", read_spec, _spec_seeds(), MAX_TEXT_BYTES),
         Target("json", read_json, [b'{"a":[1,2.5,"x",null,true],"b":{}}'], MAX_TEXT_BYTES),

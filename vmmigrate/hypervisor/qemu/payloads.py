@@ -136,5 +136,6 @@ def _parsed(joined: bytes, head: bytes, pieces: Mapping[str, bytes]) -> DeviceSt
 
 
 def _error(device: str, kind: str, code: str, text: str) -> PayloadError:
+    device = "".join(letter if letter.isprintable() else "?" for letter in device)
     details = {"device": device, "kind": kind}
     return PayloadError(f"device {device}, payload {kind}: {text}", code=code, details=details)

@@ -354,7 +354,8 @@ def _end_of_device(stream: bytes, at: int, end: int, footer: bytes, after: bytes
 
 
 def _error(text: str) -> PayloadError:
-    return PayloadError(f"QEMU's device state: {text}", code="qemu_stream")
+    printable = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return PayloadError(f"QEMU's device state: {printable}", code="qemu_stream")
 
 
 def end_of_stream(stream: bytes | bytearray) -> bool:
