@@ -479,3 +479,25 @@ trio.run(QemuHypervisor.open, Path({str(runtime)!r}))
 
     assert list(runtime.iterdir()) == []
     assert processes.find(pid, begun) is None
+
+
+@pytest.mark.parametrize("ends", ["there", "here"], ids=["moved", "undone"])
+async def test_what_was_typed_and_not_read_is_read_where_the_guest_goes_on(hosts: QemuHosts, ends: str) -> None:
+    """A paused guest reads nothing: sixteen letters wait in its UART, the others in the pipe behind it."""
+    plan = plan_of(stress_program(mem_mib=8, ws_mib=1, rate=1))
+    guest = await running(hosts, plan)
+    await guest.pause()
+    await guest.console_input("console", b"v" * 40)
+    await guest.pause_for_handoff("m")
+    goes_on = guest
+    if ends == "there":
+        goes_on = await hosts.build(plan, "b", epoch=(1, 2), for_migration=True)
+        await move(guest, goes_on)
+
+    await goes_on.run((1, 3))
+
+    with trio.fail_after(20):
+        while (await goes_on.status()).program["checks_done"] < 40:
+            await trio.sleep(0.01)
+    await wait_heartbeats(goes_on, (await goes_on.status()).heartbeats + 100)
+    assert (await goes_on.status()).program["checks_started"] == 40, "none was read twice"

@@ -511,9 +511,9 @@ async def move(source: Guest, destination: Guest) -> None:
 
 
 async def guest_types(guest: Guest) -> None:
-    """Put something on every console that the guest may or may not read."""
+    """Put something on every console that the guest may or may not read, and that no program takes for an order."""
     for port in guest.plan.serial_ports:
-        await guest.console_input(port.name, b"a line that was typed before the move\r\n")
+        await guest.console_input(port.name, b"hello, me\r\n")
 
 
 async def _running(lab: Lab) -> Guest:

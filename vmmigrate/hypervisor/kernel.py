@@ -54,6 +54,7 @@ _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _PR_SET_TIMERSLACK = 29
+_SPLICE_F_NONBLOCK = 2
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
 
@@ -64,6 +65,8 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+_libc.tee.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint]
+_libc.tee.restype = ctypes.c_ssize_t
 _libc.syscall.restype = ctypes.c_long
 
 
@@ -217,6 +220,20 @@ def give_large_blocks_back() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
         mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BLOCK_BYTES)
+
+
+def peek_pipe(fd: int) -> bytes:
+    """What waits in a pipe, which it stays in; nothing when there is nothing."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ))
+        size = _libc.tee(fd, writing, 1 << 30, _SPLICE_F_NONBLOCK)
+        if size < 0 and ctypes.get_errno() != errno.EAGAIN:
+            raise _os_error("tee")
+        return os.read(reading, size) if size > 0 else b""
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def start_ticks_of(pid: int) -> int | None:

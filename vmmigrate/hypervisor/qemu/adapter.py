@@ -112,7 +112,7 @@ class QemuHypervisor:
         if plan.instance_id != stamp.instance_id:
             text = f"the plan is for instance {plan.instance_id}, the stamp for {stamp.instance_id}"
             raise HypervisorError(text, code="wrong_guest")
-        memory = Remembered(stamp, stamp.epoch, is_arriving=for_migration, booted_ns=time.monotonic_ns())
+        memory = Remembered(stamp, stamp.epoch, is_arriving=for_migration, is_deaf=True, booted_ns=time.monotonic_ns())
 
         def arguments(files: QemuFiles) -> list[str]:
             return machine.arguments(

@@ -144,6 +144,9 @@ def write_history(output: Path, history: ConsoleHistory) -> None:
         file.truncate(history.total_bytes)
 
 
+MAX_KEYS_BYTES: Final = 64 << 10  # as many as a pipe takes
+
+
 def type_keys(pipe: Path, keys: bytes) -> None:
     """Put *keys* where QEMU reads them, all or none. Blocking, but not for long: nobody waits for room.
 
@@ -163,6 +166,15 @@ def type_keys(pipe: Path, keys: bytes) -> None:
             os.close(fd)
     except OSError as exc:
         raise HypervisorError(f"the console takes no keys: {exc.strerror}", code="console_input") from exc
+
+
+def waiting_keys(pipe: Path) -> bytes:
+    """What was typed and not read; it stays where it is. Blocking."""
+    fd = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        return kernel.peek_pipe(fd)
+    finally:
+        os.close(fd)
 
 
 def trim_output(output: Path) -> None:

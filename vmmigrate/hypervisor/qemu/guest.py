@@ -127,7 +127,10 @@ class QemuGuest(ProcessGuest):
                 return
             if not memory.is_open:
                 await self._activate_all()
-            ran = replace(memory, ran=epoch, handoff=None, is_open=True, has_loaded=False, announces=False)
+            if memory.is_deaf:
+                await self._listen(True)
+            ran = replace(memory, ran=epoch, handoff=None, is_open=True, has_loaded=False, is_deaf=False)
+            ran = replace(ran, announces=False)
             await self._remember(ran)
             await self._continue()
             if memory.announces and self.plan.nics:
@@ -248,9 +251,11 @@ class QemuGuest(ProcessGuest):
         """
         before = await self.recall()
         with trio.CancelScope(shield=True):
-            await self._remember(replace(memory, is_open=False))
+            stands = _stands(memory, state)
+            await self._remember(replace(memory, is_open=False, is_deaf=memory.is_deaf or not stands))
             try:
-                if not _stands(memory, state):
+                if not stands:
+                    await self._listen(False)
                     if not memory.is_open:
                         await self._activate_all()
                     await self._save_now(was_running=state == "running")
@@ -259,7 +264,17 @@ class QemuGuest(ProcessGuest):
                     await images.deactivate(self.ask)
             except HypervisorError:
                 await self._remember(before)
+                if not before.is_deaf:
+                    await self._listen(True)
                 raise
+
+    async def _listen(self, listens: bool) -> None:
+        """Whether QEMU reads what is typed. What it writes goes on being appended to the same file."""
+        for port in self.plan.serial_ports:
+            files: dict[str, Any] = {"out": str(self._files.output(port.num)), "append": True}
+            if listens:
+                files["in"] = str(self._files.keys(port.num))
+            await self.ask("chardev-change", id=port.num, backend={"type": "file", "data": files})
 
     async def _save_now(self, *, was_running: bool) -> None:
         async def note(stream: bytes) -> None:
@@ -302,7 +317,10 @@ class QemuGuest(ProcessGuest):
             text = f"guest {self.plan.instance_id} cannot be moved: {', '.join(unfit)}"
             raise HypervisorError(text, code="not_migratable", details={"devices": unfit})
         known = await self._known_devices()
-        return payloads.describe(known["labels"], [name for _, name in self._blobs()])
+        return (
+            *payloads.describe_keys([port.name for port in self.plan.serial_ports]),
+            *payloads.describe(known["labels"], [name for _, name in self._blobs()]),
+        )
 
     async def export_devices(self, versions: Mapping[str, int]) -> tuple[DevicePayload, ...]:
         async with self._acts:
@@ -314,7 +332,11 @@ class QemuGuest(ProcessGuest):
 
     def _payloads(self) -> tuple[DevicePayload, ...]:
         contents = {name: self._files.blob(number).read_bytes() for number, name in self._blobs()}
-        return payloads.from_stream(parse_stream(self._files.state.read_bytes()), contents)
+        keys = {port.name: consoles.waiting_keys(self._files.keys(port.num)) for port in self.plan.serial_ports}
+        return (
+            *payloads.from_keys(keys),
+            *payloads.from_stream(parse_stream(self._files.state.read_bytes()), contents),
+        )
 
     async def rehearse_export(self, versions: Mapping[str, int]) -> int:
         """Only a guest that stands still can be saved: what it was the last time is the best that can be told."""
@@ -340,12 +362,15 @@ class QemuGuest(ProcessGuest):
     def _take_in(self, received: Sequence[DevicePayload]) -> tuple[bytes, tuple[tuple[str, str], ...]]:
         """Check everything, then put into files what is no business of QEMU's. Blocking. Raises: PayloadError."""
         blobs = {name: number for number, name in self._blobs()}
-        parsed, contents, skipped = payloads.to_stream(received, list(blobs))
+        keys, others = payloads.take_keys(received, [port.name for port in self.plan.serial_ports])
+        parsed, contents, skipped = payloads.to_stream(others, list(blobs))
         stream = parsed.joined()
         for name, body in contents.items():
             self._files.blob(blobs[name]).write_bytes(body)
         self._files.keep_devices(parsed, len(stream))
         self._files.keep_state(stream)
+        for port, waiting in keys.items():
+            consoles.type_keys(self._files.keys(self._num(port)), waiting)
         return stream, skipped
 
     async def _load(self, stream: bytes) -> None:
@@ -468,8 +493,12 @@ class QemuGuest(ProcessGuest):
             await trio.sleep(_LOOK_AGAIN_S)
         memory = await self.recall()
         held = bool(self._locked) and not await self.in_thread(images.not_held, self._locked, self.process.pid)
-        if (state == "running" or held) and not memory.is_open:
-            await self._remember(replace(memory, is_open=True))
+        if state == "running" and memory.is_deaf:
+            await self._listen(True)
+            memory = replace(memory, is_deaf=False)
+        is_open = memory.is_open or state == "running" or held
+        if (cared := replace(memory, is_open=is_open)) != await self.recall():
+            await self._remember(cared)
 
     async def begin(self, memory: Remembered, *, keeps_images: bool) -> None:
         """Complete a guest that was just built: consoles, and images that are inactive until they are asked for.
@@ -478,9 +507,7 @@ class QemuGuest(ProcessGuest):
             keeps_images: It has a device that QEMU cannot save: its images stay open, and it stays here.
         """
         self._memory = memory
-        for port in self.plan.serial_ports:
-            backend = {"out": str(self._files.output(port.num)), "in": str(self._files.keys(port.num)), "append": True}
-            await self.ask("chardev-change", id=port.num, backend={"type": "file", "data": backend})
+        await self._listen(False)
         await saving.prepare(self.ask)
         await images.prepare(self.ask, self._files)
         if memory.is_arriving:

@@ -18,12 +18,14 @@ from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.devices.plan import ExpectedDevice, check_import
 from vmmigrate.errors import PayloadError
 from vmmigrate.hypervisor.base import PayloadDescription
+from vmmigrate.hypervisor.qemu.files import MAX_KEYS_BYTES
 from vmmigrate.hypervisor.qemu.stream import Described, DeviceStream, described, parse_stream, read_description
 
 FRAME_KIND: Final = "qemu/stream"
 DEVICE_KIND: Final = "qemu/device"
 BLOB_KIND: Final = "in-memory-block-backend"
-KINDS: Final[Mapping[str, tuple[int, ...]]] = {FRAME_KIND: (1,), DEVICE_KIND: (1,)}
+KEYS_KIND: Final = "qemu/keys"  # of a serial port: what was typed, and waits for the guest to read it
+KINDS: Final[Mapping[str, tuple[int, ...]]] = {FRAME_KIND: (1,), DEVICE_KIND: (1,), KEYS_KIND: (1,)}
 HEAD: Final = "qemu-stream-head"
 TAIL: Final = "qemu-stream-tail"
 
@@ -33,6 +35,33 @@ def describe(labels: Sequence[str], blobs: Sequence[str]) -> tuple[PayloadDescri
     named = [(HEAD, FRAME_KIND), *((label, DEVICE_KIND) for label in labels), (TAIL, FRAME_KIND)]
     own = tuple(PayloadDescription(name, kind, (1,)) for name, kind in named)
     return (*(PayloadDescription(name, BLOB_KIND, registry.KINDS[BLOB_KIND].writable) for name in blobs), *own)
+
+
+def describe_keys(ports: Sequence[str]) -> tuple[PayloadDescription, ...]:
+    return tuple(PayloadDescription(port, KEYS_KIND, (1,)) for port in ports)
+
+
+def from_keys(keys: Mapping[str, bytes]) -> tuple[DevicePayload, ...]:
+    """By port. An empty one says that nothing waits."""
+    return tuple(DevicePayload(port, KEYS_KIND, 1, waiting) for port, waiting in keys.items())
+
+
+def take_keys(
+    payloads: Sequence[DevicePayload], ports: Sequence[str]
+) -> tuple[Mapping[str, bytes], Sequence[DevicePayload]]:
+    """What waits on each of *ports*, and the other payloads.
+
+    Raises: PayloadError: as `devices.plan.check_import`; `payload_body`: more than a console takes.
+    """
+    of_keys = [payload for payload in payloads if payload.kind == KEYS_KIND]
+    _check_versions(of_keys)
+    check_import([ExpectedDevice(port, (KEYS_KIND,)) for port in ports], of_keys)
+    for payload in of_keys:
+        if len(payload.body) > MAX_KEYS_BYTES:
+            text = f"{len(payload.body)} bytes, allowed are {MAX_KEYS_BYTES}"
+            raise _error(payload.instance_name, KEYS_KIND, "payload_body", text)
+    others = [payload for payload in payloads if payload.kind != KEYS_KIND]
+    return {payload.instance_name: payload.body for payload in of_keys}, others
 
 
 def from_stream(stream: DeviceStream, blobs: Mapping[str, bytes]) -> tuple[DevicePayload, ...]:

@@ -28,6 +28,7 @@ class Remembered:
             the other way round.
         is_arriving: Built for a migration, and its device state has not been loaded.
         has_loaded: Device state was loaded, and it has not run since: the file `state` is still its state.
+        is_deaf: QEMU does not read what is typed, so that it is not lost between saving and going on.
         announces: It came from another host, and the network has not been told yet.
         booted_ns: Monotonic clock of this host when the guest booted, as `devices.time` has it.
     """
@@ -39,6 +40,7 @@ class Remembered:
     is_open: bool = False
     is_arriving: bool = False
     has_loaded: bool = False
+    is_deaf: bool = False
     announces: bool = False
     last_record: int = 0
     last_journal: str = ""
