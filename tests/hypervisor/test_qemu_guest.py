@@ -24,11 +24,16 @@ from tests.hypervisor.qemu_hosts import (
     short_directory,
     stress_program,
 )
+from vmmigrate.devices import registry
+from vmmigrate.devices.kinds import InMemoryBlockBackendV1
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestProcess, GuestStamp, RunState
 from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_error, move, wait_heartbeats
 from vmmigrate.hypervisor.qemu.guest import QemuGuest
+from vmmigrate.hypervisor.qemu.machine import problems
+from vmmigrate.hypervisor.qemu.payloads import BLOB_KIND
+from vmmigrate.hypervisor.qemu.settings import QemuFacts, QemuSettings
 from vmmigrate.hypervisor.qemu.stream import parse_stream
 
 pytestmark = [*requires_qemu, pytest.mark.slow]
@@ -501,3 +506,27 @@ async def test_what_was_typed_and_not_read_is_read_where_the_guest_goes_on(hosts
             await trio.sleep(0.01)
     await wait_heartbeats(goes_on, (await goes_on.status()).heartbeats + 100)
     assert (await goes_on.status()).program["checks_started"] == 40, "none was read twice"
+
+
+async def test_a_blob_of_another_size_is_refused_before_anything_is_written(hosts: QemuHosts) -> None:
+    """QEMU has the disk open, and knows how long it is."""
+    plan = plan_with_devices(hosts.root)
+    guest = await running(hosts, plan)
+    await guest.pause_for_handoff("m")
+    payloads = [
+        registry.encode("disk-1-backend", BLOB_KIND, InMemoryBlockBackendV1(b"short")) if p.kind == BLOB_KIND else p
+        for p in await guest.export_devices({})
+    ]
+    other = await hosts.build(plan, "b", epoch=(1, 2), for_migration=True)
+
+    error = await expect_error("payload_value", other.import_devices(payloads))
+
+    assert "disk-1-backend" in error.text
+    assert other._files.blob(1).read_bytes() == b"blob" * 2048
+
+
+def test_a_serial_number_that_qemu_cannot_take_is_a_problem(root: Path) -> None:
+    disk = DiskPlan("disk-0", "nvme", "b", "file", False, {"path": "/x"}, (0, 4, 0), serial="\u00e4")
+    facts = QemuFacts((7, 2, 0), ["pc-i440fx-7.2"], ["qemu64"], frozenset(), frozenset(), has_sandbox=True)
+
+    assert "ASCII" in problems(replace(plan_of(), disks=(disk,)), QemuSettings(kernels=[Path("/")]), facts)[0]

@@ -94,7 +94,7 @@ async def qemu(short: Path) -> AsyncIterator[RealQemu]:
     files = QemuFiles(short)
     arguments = [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S"),
-        *("-chardev", f"socket,id=monitor,fd={MONITOR_FD},server=on,wait=off", "-mon", "chardev=monitor,mode=control"),
+        *("-chardev", f"socket,id=monitor,fd={MONITOR_FD},server=on,wait=on", "-mon", "chardev=monitor,mode=control"),
     ]
     watch = await trio.to_thread.run_sync(launch.start, arguments, files)
     started = RealQemu(watch, files)

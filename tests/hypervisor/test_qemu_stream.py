@@ -291,6 +291,15 @@ def test_every_known_subsection_of_the_configuration_is_stepped_over() -> None:
     assert parsed.machine_type == "pc-i440fx-7.2"
 
 
+def test_the_command_with_which_qemu_10_begins_its_last_round_is_stepped_over() -> None:
+    """`send-switchover-start`, which machine types from 10.0 on have: hosts may run any QEMU from 7.2 on."""
+    head = BEGIN + RAM + command(11) + ram_end(EOS)
+
+    parsed = parse_stream(composed([Device("apic")], head=head))
+
+    assert parsed.head == head
+
+
 # ---- the end
 
 

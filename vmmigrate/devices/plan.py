@@ -49,7 +49,8 @@ def check_import(devices: Sequence[ExpectedDevice], payloads: Sequence[DevicePay
     """
     if len(payloads) > MAX_PAYLOADS:
         raise PayloadError(f"{len(payloads)} device payloads, allowed are {MAX_PAYLOADS}", code="payload_count")
-    wanted = {(d.instance_name, kind) for d in devices for kind in (*d.kinds, *d.optional_kinds)}
+    needed = {(d.instance_name, kind) for d in devices for kind in d.kinds}
+    wanted = needed | {(d.instance_name, kind) for d in devices for kind in d.optional_kinds}
     problems = _duplicates(payloads)
     states: dict[Key, Any] = {}
     skipped: list[Key] = []
@@ -64,7 +65,7 @@ def check_import(devices: Sequence[ExpectedDevice], payloads: Sequence[DevicePay
         try:
             states[key] = _state(payload)
         except PayloadError as exc:
-            if payload.optional and exc.code == "payload_version":
+            if payload.optional and exc.code == "payload_version" and key not in needed:
                 skipped.append(key)
                 continue
             problems.append(_problem(exc.code, payload.instance_name, payload.kind, exc.text))

@@ -106,7 +106,8 @@ def last_words(log: Path) -> str:
         lines = log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip().splitlines()
     except OSError:
         return ""
-    return lines[-1] if lines else ""
+    told = [line for line in lines if ": info: " not in line]  # QEMU's words for what is as it should be
+    return told[-1] if told else ""
 
 
 def end_process(process: GuestProcess) -> bool:

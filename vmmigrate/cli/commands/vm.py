@@ -27,9 +27,7 @@ def create(
     name: Annotated[str, Parameter(help="For people.")] = "",
     program: Annotated[
         str,
-        Parameter(
-            help="What the guest runs: idle, echo, stress; in QEMU idle (boots from disk); or a JSON object."
-        ),
+        Parameter(help="What the guest runs: idle, echo, stress; in QEMU idle (boots from disk); or a JSON object."),
     ] = "idle",
     ram_mib: Annotated[int | None, Parameter(help="RAM, instead of the spec's.")] = None,
     ram_bytes: Annotated[int | None, Parameter(help="The same, to the byte: a multiple of 4096.")] = None,

@@ -302,7 +302,7 @@ async def _probe(runtime_dir: Path, settings: QemuSettings, deadline_s: float, *
         settings.binary,
         *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S"),
         *(machine.SANDBOX if has_sandbox else ()),
-        *("-accel", settings.accelerator, "-chardev", f"socket,id=monitor,fd={machine.MONITOR_FD},server=on,wait=off"),
+        *("-accel", settings.accelerator, "-chardev", f"socket,id=monitor,fd={machine.MONITOR_FD},server=on,wait=on"),
         *("-mon", "chardev=monitor,mode=control", "-pidfile", str(files.pid)),
     ]
     watch = None

@@ -124,11 +124,8 @@ def read_history(output: Path, port: str) -> ConsoleHistory:
     return ConsoleHistory(port, beginning, rolling, size)
 
 
-def write_history(output: Path, history: ConsoleHistory) -> None:
-    """Make the output of a guest that has not run here begin with *history*. Blocking.
-
-    Raises: PayloadError `console_history`: lengths that no history can have.
-    """
+def check_history(history: ConsoleHistory) -> None:
+    """Raises: PayloadError `console_history`: lengths that no history can have."""
     if history.total_bytes > MAX_HISTORY_BYTES:
         text = f"{history.total_bytes} bytes, allowed are {MAX_HISTORY_BYTES}"
         raise PayloadError(f"console {history.port}: a history of {text}", code="console_history")
@@ -137,11 +134,23 @@ def write_history(output: Path, history: ConsoleHistory) -> None:
         after, HISTORY_BYTES
     ):
         raise PayloadError(f"console {history.port}: a history that contradicts itself", code="console_history")
-    with open(output, "rb+") as file:
-        file.write(history.beginning)
-        file.seek(history.total_bytes - len(history.rolling))
-        file.write(history.rolling)
-        file.truncate(history.total_bytes)
+
+
+def write_history(output: Path, history: ConsoleHistory) -> None:
+    """Make the output of a guest that has not run here begin with *history*. Blocking.
+
+    Raises: PayloadError `console_history`: lengths that no history can have; nothing was changed. HypervisorError
+        `console_history`: the disk does not take it.
+    """
+    check_history(history)
+    try:
+        with open(output, "rb+") as file:
+            file.truncate(history.total_bytes)
+            file.write(history.beginning)
+            file.seek(history.total_bytes - len(history.rolling))
+            file.write(history.rolling)
+    except OSError as exc:
+        raise HypervisorError(f"console {history.port}: {exc.strerror}", code="console_history") from exc
 
 
 MAX_KEYS_BYTES: Final = 64 << 10  # as many as a pipe takes

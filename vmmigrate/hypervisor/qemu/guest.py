@@ -19,7 +19,7 @@ import trio
 
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.devices.time import NS_PER_S, Adjustment, TimeData, adjust
-from vmmigrate.errors import HypervisorError
+from vmmigrate.errors import HypervisorError, PayloadError
 from vmmigrate.hypervisor.base import (
     ConsoleHistory,
     GuestPlan,
@@ -36,7 +36,7 @@ from vmmigrate.hypervisor.qemu import files as consoles
 from vmmigrate.hypervisor.qemu import images, payloads, saving, stress, tracker, witness
 from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.machine import STAMP_OBJECT
-from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError
+from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError, text_of
 from vmmigrate.hypervisor.qemu.remembered import Epoch, Remembered, from_text
 from vmmigrate.hypervisor.qemu.stream import parse_stream
 from vmmigrate.memory import GIB, PAGE_SIZE
@@ -163,7 +163,7 @@ class QemuGuest(ProcessGuest):
             # Another command may break the connection off, and the process may end: `wait_exit` tells that.
             with contextlib.suppress(OSError, EOFError, HypervisorError):
                 seen = self.qmp.events_seen
-                if (await self.ask("query-status"))["status"] == "shutdown":
+                if await self._run_state() == "shutdown":
                     return
                 await self.qmp.wait_event("SHUTDOWN", seen)
                 continue
@@ -366,7 +366,11 @@ class QemuGuest(ProcessGuest):
         parsed, contents, skipped = payloads.to_stream(others, list(blobs))
         stream = parsed.joined()
         for name, body in contents.items():
-            self._files.blob(blobs[name]).write_bytes(body)
+            image = self._files.blob(blobs[name])
+            if len(body) != image.stat().st_size:
+                text = f"device {name}: {len(body)} bytes, the disk here has {image.stat().st_size}"
+                raise PayloadError(text, code="payload_value", details={"device": name})
+            image.write_bytes(body)
         self._files.keep_devices(parsed, len(stream))
         self._files.keep_state(stream)
         for port, waiting in keys.items():
@@ -388,6 +392,7 @@ class QemuGuest(ProcessGuest):
 
     async def import_console_history(self, history: ConsoleHistory) -> None:
         num = self._num(history.port)
+        consoles.check_history(history)
         await self.in_thread(witness.note_beginning, self._files, num, history.total_bytes)
         await self.in_thread(consoles.write_history, self._files.output(num), history)
 
@@ -451,7 +456,7 @@ class QemuGuest(ProcessGuest):
         raise HypervisorError(text, code="guest_unresponsive")
 
     async def _run_state(self) -> str:
-        return str((await self.ask("query-status"))["status"])
+        return text_of(await self.ask("query-status"), "status")
 
     async def _check_still(self) -> None:
         self._check_stopped(await self._run_state())

@@ -36,23 +36,25 @@ async def abilities(ask: Ask, *, has_sandbox: bool) -> QemuFacts:
 async def guest_facts(ask: Ask, plan: GuestPlan, settings: QemuSettings, facts: QemuFacts) -> dict[str, str]:
     """What `devices.opaque` calls the facts of a guest: machine, processor, RAM blocks and devices, as QEMU made them.
 
-    Raises: HypervisorError `cpu_differs`: the processor is not what the spec says.
+    Raises: HypervisorError `cpu_differs`: the processor is not what the spec says; `qemu_protocol`.
     """
-    words = await ask("qom-get", path=_FIRST_CPU, property="feature-words")
-    if plan.board.cpuid is not None:
-        wrong = cpuid.check_words(plan.board.cpuid, words)
-        if wrong:
-            raise HypervisorError("QEMU made another processor: " + "; ".join(wrong), code="cpu_differs")
-    features = sorted(json.dumps(word, sort_keys=True) for word in words)
-    blocks = await _ram_blocks(ask)
+    try:
+        words = await ask("qom-get", path=_FIRST_CPU, property="feature-words")
+        wrong = [] if plan.board.cpuid is None else cpuid.check_words(plan.board.cpuid, words)
+        features = _digest(sorted(json.dumps(word, sort_keys=True) for word in words))
+        blocks, devices = await _ram_blocks(ask), await _devices(ask)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
+        raise HypervisorError(f"QEMU's answers are none: {exc!r}", code="qemu_protocol") from exc
+    if wrong:
+        raise HypervisorError("QEMU made another processor: " + "; ".join(wrong), code="cpu_differs")
     return {
         "hypervisor": "qemu",
         "hypervisor_version": facts.version_text,
         "machine_type": machine_type(plan, facts),
         "cpu_model": base_cpu(plan, settings),
-        "cpu_features": _digest(features),
+        "cpu_features": features,
         "ram_blocks": _short(" ".join(blocks)),
-        "device_tree": _digest([*await _devices(ask), f"cpus {plan.cpus}"]),
+        "device_tree": _digest([*devices, f"cpus {plan.cpus}"]),
     }
 
 

@@ -86,6 +86,8 @@ def _pci_devices(plan: GuestPlan) -> list[DiskPlan | NicPlan]:
 
 
 def _disk_problems(disk: DiskPlan, settings: QemuSettings, facts: QemuFacts) -> Iterator[str]:
+    if not disk.serial.isascii():
+        yield f"{disk.name}: QEMU takes serial numbers of ASCII alone, this one has other bytes"
     if disk.backend_kind != "crucible":
         return
     volume = disk.backend["volume_id"]
@@ -200,7 +202,7 @@ def arguments(
         ),
         *("-object", _json("memory-backend-file", RAM_BLOCK, size=size_bytes, share=True, **_RAM_PATH)),
         *("-object", _json("authz-simple", STAMP_OBJECT, identity=stamp)),
-        *("-chardev", f"socket,id=monitor,fd={MONITOR_FD},server=on,wait=off"),
+        *("-chardev", f"socket,id=monitor,fd={MONITOR_FD},server=on,wait=on"),
         *("-mon", "chardev=monitor,mode=control", "-pidfile", str(files.pid)),
         *_identity(plan),
         *_serial_ports(plan),
@@ -330,9 +332,14 @@ def _place(device: DiskPlan | NicPlan, plan: GuestPlan) -> dict[str, str]:
 
 def _kernel(program: Mapping[str, Any]) -> Iterator[str]:
     if program.get("name") == "kernel":
-        for word in ("kernel", "initrd", "append"):
+        for word in ("kernel", "initrd"):
             if program.get(word):
-                yield from (f"-{word}", program[word])
+                yield from (
+                    f"-{word}",
+                    str(Path(program[word]).resolve()),
+                )  # what was allowed, whatever a link says now
+        if program.get("append"):
+            yield from ("-append", program["append"])
 
 
 def _escaped(text: str) -> str:

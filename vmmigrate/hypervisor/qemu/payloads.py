@@ -94,9 +94,6 @@ def to_stream(
         ],
         payloads,
     )
-    for name in blobs:
-        if (name, BLOB_KIND) not in plan.states:  # it calls itself optional, and its version is unknown
-            raise _error(name, BLOB_KIND, "payload_version", "its version cannot be read here")
     assert listed is not None
     pieces = {device.label: plan.states[device.label, DEVICE_KIND] for device in listed}
     _check_pieces(listed, pieces)

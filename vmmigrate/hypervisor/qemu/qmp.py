@@ -187,8 +187,10 @@ class Qmp:
                 connection.close()
 
     async def open(self) -> None:
-        """Connect and leave negotiation mode; again, when there is no greeting: a QEMU that starts can miss a client
-        that was there before it (seen once in some thousand starts). The caller sets the deadline.
+        """Connect and leave negotiation mode; again, when there is no greeting. The caller sets the deadline.
+
+        A QEMU that starts can lose a client that was there before it (seen in one of 500 starts), unless its monitor
+        waits for one (`wait=on`).
 
         Raises: OSError, EOFError: nobody there, or it went away. HypervisorError `qemu_protocol`, `guest_detached`.
         """
@@ -248,6 +250,14 @@ class Qmp:
             self._events.append(Event(self.events_seen, name, told if isinstance(told, dict) else {}))
         elif type(number) is int and number in connection.awaited:
             connection.replies[number] = message
+
+
+def text_of(answer: Any, field: str) -> str:
+    """A field of what QEMU answered. Raises: HypervisorError `qemu_protocol`: a guest may have taken QEMU over."""
+    text = answer.get(field) if isinstance(answer, dict) else None
+    if not isinstance(text, str):
+        raise HypervisorError(f"QEMU answered without {field}", code="qemu_protocol")
+    return text
 
 
 def _result(command: str, reply: Mapping[str, Any]) -> Any:

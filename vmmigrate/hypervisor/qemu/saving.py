@@ -20,7 +20,7 @@ from typing import Any, Final
 import trio
 
 from vmmigrate.errors import HypervisorError
-from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError
+from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError, text_of
 from vmmigrate.hypervisor.qemu.stream import MAX_STREAM_BYTES, end_of_stream
 
 _CHUNK_BYTES: Final = 1 << 18
@@ -91,14 +91,13 @@ async def _expect_end(ask: Ask, qmp: Qmp, seen: int) -> None:
 
 async def _reason(ask: Ask) -> str:
     with contextlib.suppress(HypervisorError):
-        told = await ask("query-migrate")
-        return str(told.get("error-desc") or told.get("status", "no reason given"))
+        return text_of(await ask("query-migrate"), "error-desc")
     return "no reason given"
 
 
 async def _wait_run_state(ask: Ask, wanted: str) -> None:
     """QEMU tells that a migration is over just before it sets the run state that follows from it."""
-    while (await ask("query-status"))["status"] != wanted:  # noqa: ASYNC110 (another process' state)
+    while text_of(await ask("query-status"), "status") != wanted:  # noqa: ASYNC110 (another process' state)
         await trio.sleep(_LOOK_AGAIN_S)
 
 
@@ -107,10 +106,9 @@ async def _call_off(ask: Ask, was_running: bool) -> None:
     with contextlib.suppress(HypervisorError), trio.move_on_after(_CALL_OFF_S):
         with contextlib.suppress(QmpError):
             await ask("migrate_cancel")
-        while (await ask("query-migrate")).get("status") in _UNDER_WAY:  # noqa: ASYNC110 (another process' state)
+        while text_of(await ask("query-migrate"), "status") in _UNDER_WAY:  # noqa: ASYNC110 (another process' state)
             await trio.sleep(_LOOK_AGAIN_S)
-        status = await ask("query-status")
-        if was_running and not status["running"]:
+        if was_running and text_of(await ask("query-status"), "status") != "running":
             await ask("cont")
 
 

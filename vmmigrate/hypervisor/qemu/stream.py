@@ -40,7 +40,8 @@ _EOF: Final = 0x00
 _ZERO, _MEM_SIZE, _PAGE, _EOS, _CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
 _FLUSH: Final = 0x200
 _RECORDS: Final = {_ZERO, _ZERO | _CONTINUE, _PAGE, _PAGE | _CONTINUE, _MEM_SIZE, _EOS, _FLUSH}
-_COMMANDS: Final = {1: "open return path", 2: "ping"}  # the others belong to post-copy and COLO
+# The others belong to post-copy and COLO. The last of these came with QEMU 10.0.
+_COMMANDS: Final = {1: "open return path", 2: "ping", 11: "switchover starts"}
 
 
 @dataclass(frozen=True, slots=True)
