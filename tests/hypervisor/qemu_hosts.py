@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,20 +22,25 @@ from vmmigrate.hypervisor.qemu.settings import QemuSettings
 from vmmigrate.hypervisor.qemu.stress import VITALS_GPA, build_stress_guest, stress_append
 from vmmigrate.memory import MIB, RamLayout
 
+# `VMM_KVM=1` runs the tests with KVM, where /dev/kvm works; otherwise QEMU interprets its guests.
+ACCELERATOR = "kvm" if os.environ.get("VMM_KVM") == "1" else "tcg"
 INSTANCE = "5f1b5b5e-5d3c-4f0e-9b6d-000000000001"
 RAM_MIB = 32
 
 requires_qemu = [
     pytest.mark.required,
     pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"),
+    pytest.mark.skipif(ACCELERATOR == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm"),
     pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no C compiler for the tracker and the guest"),
 ]
 
 
 @functools.cache
 def stress_kernel() -> Path:
-    """The stress guest, built once for all tests of a run."""
-    return build_stress_guest(Path(tempfile.mkdtemp(prefix="vmm-stress-")))
+    """The stress guest, built once for all tests of a run, and removed at its end."""
+    directory = Path(tempfile.mkdtemp(prefix="vmm-stress-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return build_stress_guest(directory)
 
 
 def stress_program(*, mem_mib: int = RAM_MIB - 4, ws_mib: int = 4, rate: int = 4, disk: bool = False) -> dict[str, Any]:
@@ -73,7 +80,7 @@ class QemuHosts:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.guests: list[QemuGuest] = []
-        self.settings = QemuSettings(network="user", kernels=[stress_kernel().parent])
+        self.settings = QemuSettings(accelerator=ACCELERATOR, network="user", kernels=[stress_kernel().parent])
 
     async def open(self, name: str = "a", *, settings: dict[str, Any] | None = None, **options: Any) -> QemuHypervisor:
         return await QemuHypervisor.open(self.root / name, replace(self.settings, **(settings or {})), **options)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.disks.small import small_disk
 from tests.hypervisor.qemu_daemon_under_test import STEPS
 from tests.hypervisor.qemu_hosts import (
     INSTANCE,
@@ -530,3 +531,46 @@ def test_a_serial_number_that_qemu_cannot_take_is_a_problem(root: Path) -> None:
     facts = QemuFacts((7, 2, 0), ["pc-i440fx-7.2"], ["qemu64"], frozenset(), frozenset(), has_sandbox=True)
 
     assert "ASCII" in problems(replace(plan_of(), disks=(disk,)), QemuSettings(kernels=[Path("/")]), facts)[0]
+
+
+async def test_a_guest_keeps_its_machine_and_processor_when_it_is_adopted(hosts: QemuHosts) -> None:
+    """What came from a host with older machines is not what this host would make today."""
+    older = replace(plan_of(), like={"hypervisor": "qemu", "cpu_model": "Nehalem", "machine_type": "pc-i440fx-7.2"})
+    guest = await hosts.build(older)
+    told = guest.facts
+    guest.detach()
+
+    adopted = await (await hosts.open()).adopt(GuestStamp(INSTANCE, "a", (1, 1), None), plan_of(), guest.process)
+
+    assert isinstance(adopted, QemuGuest)
+    hosts.guests.append(adopted)
+    assert adopted.facts == told
+    assert (told["machine_type"], told["cpu_model"]) == ("pc-i440fx-7.2", "Nehalem")
+
+
+async def test_what_is_noted_while_a_guest_is_told_something_else_is_not_lost(hosts: QemuHosts) -> None:
+    guest = await running(hosts)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(1, 9):
+            nursery.start_soon(guest.note_record, "journal", number)
+            nursery.start_soon(guest.run, (1, number))
+
+    status = await guest.status()
+    assert status.last_record == 8
+    await expect_error("stale_epoch", guest.run((1, 0)))
+
+
+async def test_a_full_disk_fails_the_pause_and_the_guest_goes_on(hosts: QemuHosts) -> None:
+    with small_disk(hosts.root / "a", 2048) as disk:
+        guest = await running(hosts)
+        disk.fill()
+
+        error = await expect_error("guest_files", guest.pause_for_handoff("m"))
+
+        assert "No space left" in error.text
+        status = await wait_heartbeats(guest, (await guest.status()).heartbeats + 20)
+        assert (status.run_state, status.backends_open) == (RunState.RUNNING, True)
+        disk.free()
+        await guest.pause_for_handoff("m")
+        await guest.destroy()

@@ -7,11 +7,11 @@ from typing import Any
 
 import trio
 
-from tests.hypervisor.qemu_hosts import stress_kernel, stress_program
+from tests.hypervisor.qemu_hosts import ACCELERATOR, stress_kernel, stress_program
 from tests.migration.fleet import Fleet, RunningHost, create, spec_v3, wait_heartbeats
 from vmmigrate.memory import MIB
 
-QEMU = 'network = "user"'
+QEMU = f'network = "user"\naccelerator = "{ACCELERATOR}"'
 
 
 async def start(fleet: Fleet, name: str, **options: Any) -> RunningHost:

@@ -211,6 +211,8 @@ async def test_what_qemu_cannot_realise_is_refused_by_name_when_it_is_created(tm
         with pytest.raises(VmMigrateError) as refusal:
             await create(alpha, spec, program={"name": "stress"})
 
+        assert refusal.value.code == "spec_not_creatable"
+        assert len(refusal.value.details["problems"]) == 4
         for name in ("bridge", "injector", "enable_pcie", "stress"):
             assert name in refusal.value.text
         assert await alpha.client.get("/v1/instances") == []

@@ -5,11 +5,11 @@ A peer's spec is not trusted. Everything that it would make this host open must 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vmmigrate.daemon.config import Allow
-from vmmigrate.errors import SpecCreatableError
+from vmmigrate.errors import SpecBuildError, SpecCreatableError
 from vmmigrate.hypervisor import headroom
 from vmmigrate.spec.chain import AnySpec
 from vmmigrate.spec.openings import AllowLists, refusals
@@ -31,6 +31,24 @@ def check_admissible(spec: AnySpec, allow: Allow, needed_bytes: int) -> None:
         raise SpecCreatableError(
             "this host refuses: " + "; ".join(problems), code="host_refuses", details={"problems": problems}
         )
+
+
+def check_realisable(problems: Sequence[str]) -> None:
+    """Whether the hypervisor of this host can make the machine, with the program that was asked for.
+
+    Args:
+        problems: As `Hypervisor.problems` tells them.
+
+    Raises:
+        SpecBuildError: `program_invalid`, when nothing but the program is wrong. SpecCreatableError: with every problem
+            in `details["problems"]`.
+    """
+    if not problems:
+        return
+    if all(problem.startswith("program ") for problem in problems):
+        raise SpecBuildError("; ".join(problems), code="program_invalid")
+    text = "this host cannot make the machine: " + "; ".join(problems)
+    raise SpecCreatableError(text, details={"problems": list(problems)})
 
 
 def _allow_lists(allow: Allow) -> AllowLists:

@@ -15,7 +15,7 @@ import trio
 
 import vmmigrate
 from vmmigrate.api.models import CreateInstance
-from vmmigrate.daemon.admission import check_admissible
+from vmmigrate.daemon.admission import check_admissible, check_realisable
 from vmmigrate.daemon.config import Config
 from vmmigrate.daemon.documents import DocumentStore, InstanceDocument, arriving_document
 from vmmigrate.engine.incoming import Arrival
@@ -232,9 +232,7 @@ class Host:
         """
         check_creatable(build.build(document.spec, frozenset(self.config.allow.features)))
         plan = self.plan(document, like)
-        problems = self.hypervisor.problems(plan)
-        if problems:
-            raise SpecBuildError("; ".join(problems), code="program_invalid")
+        check_realisable(self.hypervisor.problems(plan))
         check_admissible(document.spec, self.config.allow, needed_bytes)
         if plan.layout.size_bytes > self.config.limits.max_ram_bytes:
             raise SpecBuildError(

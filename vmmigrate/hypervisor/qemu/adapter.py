@@ -237,7 +237,7 @@ class QemuHypervisor:
         ram = await _mapped(guest, ram_fd, writable)
         guest.attach_ram(ram, tracker.NoTracker("QEMU has not started"), tracks=False)
         try:
-            facts = await inspecting.guest_facts(guest.ask, guest.plan, self.settings, self.facts)
+            facts = await inspecting.guest_facts(guest.ask, guest.plan, self.facts.version_text)
         except HypervisorError as exc:
             if exc.code == "guest_lost" and not adopted:
                 raise HypervisorError(

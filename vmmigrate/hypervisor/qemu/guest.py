@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import trio
 
@@ -38,8 +38,10 @@ from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.machine import STAMP_OBJECT
 from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError, text_of
 from vmmigrate.hypervisor.qemu.remembered import Epoch, Remembered, from_text
-from vmmigrate.hypervisor.qemu.stream import parse_stream
+from vmmigrate.hypervisor.qemu.stream import DeviceStream, parse_stream
 from vmmigrate.memory import GIB, PAGE_SIZE
+
+T = TypeVar("T")
 
 _ASK_AGAIN_S: Final = 1.0
 _LOOK_AGAIN_S: Final = 0.005
@@ -76,6 +78,7 @@ class QemuGuest(ProcessGuest):
         self._facts: Mapping[str, str] = {}
         self._memory: Remembered | None = None
         self._booted_ns: int | None = None
+        self._saved: DeviceStream | None = None  # what the file `state` holds, once it was written from here
         self._acts = trio.Lock()
 
     @property
@@ -129,6 +132,7 @@ class QemuGuest(ProcessGuest):
                 await self._activate_all()
             if memory.is_deaf:
                 await self._listen(True)
+            self._saved = None
             ran = replace(memory, ran=epoch, handoff=None, is_open=True, has_loaded=False, is_deaf=False)
             ran = replace(ran, announces=False)
             await self._remember(ran)
@@ -155,6 +159,7 @@ class QemuGuest(ProcessGuest):
     async def reboot(self) -> None:
         async with self._acts:
             await self._check_not_given_away()
+            self._saved = None
             await self._remember(replace(await self.recall(), has_loaded=False))
             await self.ask("system_reset")
 
@@ -193,9 +198,10 @@ class QemuGuest(ProcessGuest):
             raise HypervisorError(text, code="guest_paused_for_handoff")
 
     async def note_record(self, journal_id: str, number: int) -> None:
-        memory = await self.recall()
-        newest = max(number, memory.last_record) if journal_id == memory.last_journal else number
-        await self._remember(replace(memory, last_journal=journal_id, last_record=newest))
+        async with self._acts:  # what is remembered is read and written as a whole
+            memory = await self.recall()
+            newest = max(number, memory.last_record) if journal_id == memory.last_journal else number
+            await self._remember(replace(memory, last_journal=journal_id, last_record=newest))
 
     async def restamp(self, stamp: GuestStamp) -> None:
         async with self._acts:
@@ -277,8 +283,9 @@ class QemuGuest(ProcessGuest):
             await self.ask("chardev-change", id=port.num, backend={"type": "file", "data": files})
 
     async def _save_now(self, *, was_running: bool) -> None:
-        async def note(stream: bytes) -> None:
-            await self.in_thread(self._files.keep_state, stream)
+        async def note(stream: DeviceStream) -> None:
+            self._saved = stream
+            await self._with_files(self._files.keep_state, stream.joined())
 
         save = partial(saving.save, self.ask, self.qmp, self._files.outgoing, note, was_running=was_running)
         await self._in_time(save, "save")
@@ -328,14 +335,14 @@ class QemuGuest(ProcessGuest):
             self._check_stopped(state)
             if not _stands(memory, state):
                 await self._save(memory, state)
-            return await self.in_thread(self._payloads)
+            return await self._with_files(self._payloads)
 
     def _payloads(self) -> tuple[DevicePayload, ...]:
         contents = {name: self._files.blob(number).read_bytes() for number, name in self._blobs()}
         keys = {port.name: consoles.waiting_keys(self._files.keys(port.num)) for port in self.plan.serial_ports}
         return (
             *payloads.from_keys(keys),
-            *payloads.from_stream(parse_stream(self._files.state.read_bytes()), contents),
+            *payloads.from_stream(self._saved or parse_stream(self._files.state.read_bytes()), contents),
         )
 
     async def rehearse_export(self, versions: Mapping[str, int]) -> int:
@@ -353,7 +360,7 @@ class QemuGuest(ProcessGuest):
             if not memory.is_arriving:
                 text = f"guest {self.plan.instance_id} does not wait for device state"
                 raise HypervisorError(text, code="not_arriving")
-            stream, skipped = await self.in_thread(self._take_in, received)
+            stream, skipped = await self._with_files(self._take_in, received)
             await self._load(stream)
             arrived = replace(memory, is_arriving=False, has_loaded=True, announces=True)
             await self._remember(replace(arrived, booted_ns=self._booted_ns or memory.booted_ns))
@@ -388,7 +395,7 @@ class QemuGuest(ProcessGuest):
             raise
 
     async def console_history(self, port: str) -> ConsoleHistory:
-        return await self.in_thread(consoles.read_history, self._files.output(self._num(port)), port)
+        return await self._with_files(consoles.read_history, self._files.output(self._num(port)), port)
 
     async def import_console_history(self, history: ConsoleHistory) -> None:
         num = self._num(history.port)
@@ -454,6 +461,14 @@ class QemuGuest(ProcessGuest):
         self.check_alive()
         text = f"guest {self.plan.instance_id}: no answer to {what} within {self._request_deadline_s:g} s"
         raise HypervisorError(text, code="guest_unresponsive")
+
+    async def _with_files(self, call: Callable[..., T], *args: Any) -> T:
+        """In a thread. Raises: HypervisorError `guest_files`: the guest's directory does not take, or give, something."""
+        try:
+            return await self.in_thread(call, *args)
+        except OSError as exc:
+            text = f"guest {self.plan.instance_id}: {exc.filename or self._files.directory}: {exc.strerror}"
+            raise HypervisorError(text, code="guest_files") from exc
 
     async def _run_state(self) -> str:
         return text_of(await self.ask("query-status"), "status")

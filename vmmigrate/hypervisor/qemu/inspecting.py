@@ -11,8 +11,7 @@ from typing import Any, Final
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.base import GuestPlan
 from vmmigrate.hypervisor.qemu import cpuid
-from vmmigrate.hypervisor.qemu.machine import base_cpu, machine_type
-from vmmigrate.hypervisor.qemu.settings import QemuFacts, QemuSettings, read_facts
+from vmmigrate.hypervisor.qemu.settings import QemuFacts, read_facts
 
 Ask = Callable[..., Awaitable[Any]]
 
@@ -33,12 +32,14 @@ async def abilities(ask: Ask, *, has_sandbox: bool) -> QemuFacts:
     return read_facts(answers, has_sandbox=has_sandbox)
 
 
-async def guest_facts(ask: Ask, plan: GuestPlan, settings: QemuSettings, facts: QemuFacts) -> dict[str, str]:
+async def guest_facts(ask: Ask, plan: GuestPlan, version: str) -> dict[str, str]:
     """What `devices.opaque` calls the facts of a guest: machine, processor, RAM blocks and devices, as QEMU made them.
 
     Raises: HypervisorError `cpu_differs`: the processor is not what the spec says; `qemu_protocol`.
     """
     try:
+        made = str(await ask("qom-get", path="/machine", property="type"))
+        cpu = str(await ask("qom-get", path=_FIRST_CPU, property="type"))
         words = await ask("qom-get", path=_FIRST_CPU, property="feature-words")
         wrong = [] if plan.board.cpuid is None else cpuid.check_words(plan.board.cpuid, words)
         features = _digest(sorted(json.dumps(word, sort_keys=True) for word in words))
@@ -49,9 +50,9 @@ async def guest_facts(ask: Ask, plan: GuestPlan, settings: QemuSettings, facts: 
         raise HypervisorError("QEMU made another processor: " + "; ".join(wrong), code="cpu_differs")
     return {
         "hypervisor": "qemu",
-        "hypervisor_version": facts.version_text,
-        "machine_type": machine_type(plan, facts),
-        "cpu_model": base_cpu(plan, settings),
+        "hypervisor_version": version,
+        "machine_type": made.removesuffix("-machine"),
+        "cpu_model": cpu.removesuffix("-x86_64-cpu"),
         "cpu_features": features,
         "ram_blocks": _short(" ".join(blocks)),
         "device_tree": _digest([*devices, f"cpus {plan.cpus}"]),

@@ -19,7 +19,7 @@ from vmmigrate.devices.plan import ExpectedDevice, check_import
 from vmmigrate.errors import PayloadError
 from vmmigrate.hypervisor.base import PayloadDescription
 from vmmigrate.hypervisor.qemu.files import MAX_KEYS_BYTES
-from vmmigrate.hypervisor.qemu.stream import Described, DeviceStream, described, parse_stream, read_description
+from vmmigrate.hypervisor.qemu.stream import Described, DeviceStream, parse_stream, read_description
 
 FRAME_KIND: Final = "qemu/stream"
 DEVICE_KIND: Final = "qemu/device"
@@ -98,7 +98,7 @@ def to_stream(
     pieces = {device.label: plan.states[device.label, DEVICE_KIND] for device in listed}
     _check_pieces(listed, pieces)
     frame = [plan.states[name, FRAME_KIND] for name in (HEAD, TAIL)]
-    stream = _parsed(b"".join([frame[0], *pieces.values(), frame[1]]), frame[0], pieces)
+    stream = _parsed(b"".join([frame[0], *pieces.values(), frame[1]]), frame[0], pieces, listed)
     return stream, {name: bytes(plan.states[name, BLOB_KIND].bytes) for name in blobs}, plan.skipped
 
 
@@ -125,7 +125,7 @@ def _listed(payloads: Sequence[DevicePayload]) -> list[Described] | None:
     if tail[:2] != b"\x00\x06" or len(tail) != 6 + int.from_bytes(tail[2:6], "big"):
         raise _error(TAIL, FRAME_KIND, "payload_body", "it is no end of a stream")
     try:
-        devices = [described(entry) for entry in read_description(tail)]
+        devices = read_description(tail)
     except PayloadError as exc:
         raise _error(TAIL, FRAME_KIND, "payload_body", exc.text) from None
     labels = Counter(device.label for device in devices)
@@ -148,9 +148,9 @@ def _check_pieces(listed: Sequence[Described], pieces: Mapping[str, bytes]) -> N
             raise _error(device.label, DEVICE_KIND, "payload_body", "it is not the state of that device")
 
 
-def _parsed(joined: bytes, head: bytes, pieces: Mapping[str, bytes]) -> DeviceStream:
+def _parsed(joined: bytes, head: bytes, pieces: Mapping[str, bytes], listed: Sequence[Described]) -> DeviceStream:
     try:
-        stream = parse_stream(joined)
+        stream = parse_stream(joined, listed)
     except PayloadError as exc:
         raise _error(HEAD, FRAME_KIND, "payload_body", exc.text) from None
     if stream.head != head:

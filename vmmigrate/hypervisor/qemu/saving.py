@@ -21,7 +21,7 @@ import trio
 
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError, text_of
-from vmmigrate.hypervisor.qemu.stream import MAX_STREAM_BYTES, end_of_stream
+from vmmigrate.hypervisor.qemu.stream import MAX_STREAM_BYTES, DeviceStream, whole_stream
 
 _CHUNK_BYTES: Final = 1 << 18
 _UNLIMITED: Final = 1 << 40
@@ -32,9 +32,10 @@ _LOOK_AGAIN_S: Final = 0.0005
 _CALL_OFF_S: Final = 5.0
 
 Ask = Callable[..., Awaitable[Any]]
+Note = Callable[[DeviceStream], Awaitable[None]]
 
 
-async def save(ask: Ask, qmp: Qmp, path: Path, note: Callable[[bytes], Awaitable[None]], *, was_running: bool) -> None:
+async def save(ask: Ask, qmp: Qmp, path: Path, note: Note, *, was_running: bool) -> None:
     """Stop the guest, and save the state of all that is not shared memory. The caller sets the deadline, and shields.
 
     Afterwards the run state is `postmigrate`.
@@ -72,15 +73,15 @@ async def prepare(ask: Ask) -> None:
     await ask("migrate-set-parameters", max_bandwidth=_UNLIMITED)
 
 
-async def _receive(connection: trio.socket.SocketType) -> bytes:
+async def _receive(connection: trio.socket.SocketType) -> DeviceStream:
     stream = bytearray()
-    while not end_of_stream(stream):
+    while (whole := whole_stream(stream)) is None:
         chunk = await connection.recv(_CHUNK_BYTES)
         stream += chunk
         if not chunk or len(stream) > MAX_STREAM_BYTES:
             why = "it breaks off" if not chunk else f"it has more than {MAX_STREAM_BYTES} bytes"
             raise HypervisorError(f"QEMU's device state cannot be saved: {why}", code="pause_failed")
-    return bytes(stream)
+    return whole
 
 
 async def _expect_end(ask: Ask, qmp: Qmp, seen: int) -> None:

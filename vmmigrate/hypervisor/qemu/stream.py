@@ -110,8 +110,11 @@ def _end_mark(stream: bytes | bytearray) -> int | None:
     return None
 
 
-def parse_stream(stream: bytes) -> DeviceStream:
+def parse_stream(stream: bytes, listed: Sequence[Described] | None = None) -> DeviceStream:
     """Cut a whole stream into its pieces.
+
+    Args:
+        listed: What its description lists, where that was read already.
 
     Raises: PayloadError `qemu_stream`: not such a stream, or one with what we do not know (it is named).
     """
@@ -123,8 +126,12 @@ def parse_stream(stream: bytes) -> DeviceStream:
     machine_type = _configuration(cursor)
     blocks = _ram_sections(cursor)
     head = stream[: cursor.at]
-    description, tail_at = _description(stream)
-    devices = tuple(_devices(stream, cursor.at, tail_at, description))
+    tail_at = _end_mark(stream)
+    if tail_at is None:
+        raise _error("no description at its end")
+    if listed is None:
+        listed = read_description(stream[tail_at:])
+    devices = tuple(_devices(stream, cursor.at, tail_at, listed))
     return DeviceStream(machine_type, tuple(blocks), head, devices, stream[tail_at:])
 
 
@@ -259,16 +266,8 @@ def _footer(cursor: _Cursor, section_id: int) -> None:
         raise _error("a section without its end")
 
 
-def _description(stream: bytes) -> tuple[list[Any], int]:
-    """The devices that the stream says it has, and where its end mark stands."""
-    at = _end_mark(stream)
-    if at is None:
-        raise _error("no description at its end")
-    return read_description(stream[at:]), at
-
-
-def read_description(tail: bytes) -> list[Any]:
-    """The devices, as an end mark and what follows it list them; each is still to be checked.
+def read_description(tail: bytes) -> list[Described]:
+    """The devices, as an end mark and what follows it list them.
 
     Raises: PayloadError `qemu_stream`.
     """
@@ -280,17 +279,16 @@ def read_description(tail: bytes) -> list[Any]:
         raise _error("its description is none") from None
     if not isinstance(devices, list) or len(devices) > MAX_DEVICES:
         raise _error(f"its description lists no devices, or more than {MAX_DEVICES}")
-    return devices
+    return [described(entry) for entry in devices]
 
 
-def _devices(stream: bytes, at: int, end: int, listed: list[Any]) -> Iterator[DeviceSection]:
-    starts = [described(entry) for entry in listed]
+def _devices(stream: bytes, at: int, end: int, listed: Sequence[Described]) -> Iterator[DeviceSection]:
     labels = set[str]()
-    for n, device in enumerate(starts):
+    for n, device in enumerate(listed):
         if stream[at : at + 1] != bytes([_FULL]) or not stream.startswith(device.header, at + 5):
             raise _error(f"device {device.name[:80]} is not where the description says")
         footer = bytes([_FOOTER]) + stream[at + 1 : at + 5]
-        after = starts[n + 1].header if n + 1 < len(starts) else None
+        after = listed[n + 1].header if n + 1 < len(listed) else None
         finish = _end_of_device(stream, at + 5 + len(device.header), end, footer, after)
         if finish is None:
             raise _error(f"the state of device {device.name[:80]} does not end")
