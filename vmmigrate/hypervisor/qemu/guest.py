@@ -463,7 +463,7 @@ class QemuGuest(ProcessGuest):
         raise HypervisorError(text, code="guest_unresponsive")
 
     async def _with_files(self, call: Callable[..., T], *args: Any) -> T:
-        """In a thread. Raises: HypervisorError `guest_files`: the guest's directory does not take, or give, something."""
+        """In a thread. Raises: HypervisorError `guest_files`: its directory does not take, or give, what it should."""
         try:
             return await self.in_thread(call, *args)
         except OSError as exc:
