@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
 
 @pytest.fixture
@@ -32,3 +33,10 @@ def leftovers(directory: Path) -> list[str]:
                 continue
             found += [f"process {entry.name}"] if os.fsencode(directory) in seen else []
     return found
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command that was run in this process has set them for all of it."""
+    yield
+    structlog.reset_defaults()

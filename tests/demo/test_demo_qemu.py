@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import structlog
 
 from tests.cli.conftest import start_command
 from tests.cli.schema import contract, misfits
@@ -97,7 +96,6 @@ def test_demo_of_a_guest_that_is_not_whole_fails_and_says_why(
 
     code = main(["demo", "--hypervisor", "qemu", "--mib", "16", "-o", "json"])
 
-    structlog.reset_defaults()
     said = capsys.readouterr()
     guest = json.loads(said.out)["guest"]
     assert code == 4

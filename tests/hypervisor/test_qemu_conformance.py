@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hypervisor.qemu_hosts import QemuHosts, plan_with_devices, requires_qemu, short_directory
+from vmmigrate.hypervisor import conformance
 from vmmigrate.hypervisor.conformance import CHECKS, Check, Lab
 
 pytestmark = requires_qemu
@@ -26,6 +27,18 @@ async def qemu_lab(short: Path) -> AsyncIterator[Lab]:
     await lab.close()
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+# Of each promise one in `make test`, all in `make check`.
+QUICK = {
+    conformance.a_guest_moves_with_memory_time_devices_and_console,
+    conformance.take_dirty_reports_every_write_once,
+    conformance.backends_are_open_on_one_host_at_a_time,
+    conformance.a_restarted_daemon_adopts_a_running_guest_with_its_marks,
+}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(check, marks=[] if check in QUICK else pytest.mark.slow, id=check.__name__) for check in CHECKS],
+)
 async def test_the_qemu_adapter_conforms(check: Check, qemu_lab: Lab) -> None:
     await check(qemu_lab)
