@@ -36,6 +36,7 @@ from vmmigrate.errors import (
     VmMigrateError,
 )
 from vmmigrate.hypervisor.qemu.payloads import TAIL, from_stream, to_stream
+from vmmigrate.hypervisor.qemu.ramstream import RamStreamParser
 from vmmigrate.hypervisor.qemu.stream import end_of_stream, parse_stream
 from vmmigrate.memory import PAGE_SIZE, RamLayout, Region
 from vmmigrate.net.door import HELLO, StreamHello, parse_hello
@@ -226,6 +227,16 @@ def read_qemu_stream(raw: bytes) -> None:
 
 
 @refusing(PayloadError)
+def read_qemu_ram(raw: bytes) -> None:
+    """In pieces of a length that the input itself chooses."""
+    parser, step = RamStreamParser(), 1 + sum(raw[-4:])
+    for at in range(0, len(raw), step):
+        parser.receive(raw[at : at + step])
+        while parser.next_event() is not None:
+            pass
+
+
+@refusing(PayloadError)
 def read_qemu_payloads(raw: bytes) -> None:
     """Cut where the seed is cut: the pieces of a damaged stream are payloads that a hostile peer might send."""
     payloads, at = [], 0
@@ -348,15 +359,23 @@ def _payload_seeds() -> list[bytes]:
     return seeds
 
 
-def _qemu_seed() -> bytes:
+def _qemu_seed(*records: bytes, with_address: bool = True) -> bytes:
     """A whole stream of QEMU's, as small as can be: a machine type, one block of RAM, two devices."""
-    block = b"\x06pc.ram" + struct.pack(">QQ", PAGE_SIZE, 0)
+    block = b"\x06pc.ram" + struct.pack(">Q", PAGE_SIZE) + (bytes(8) if with_address else b"")
     ram = b"\x01\0\0\0\2\x03ram" + struct.pack(">IIQ", 0, 4, PAGE_SIZE | 4) + block + struct.pack(">Q", 0x10)
+    if records:
+        ram += b"\x7e\0\0\0\2\x03\0\0\0\2" + b"".join(records) + struct.pack(">Q", 0x10)
     head = struct.pack(">II", 0x5145564D, 3) + b"\x07\0\0\0\x0dpc-i440fx-7.2" + ram + b"\x7e\0\0\0\2"
     devices = [b"\x04\0\0\0%c\x04apic\0\0\0%c\0\0\0\3state\x7e\0\0\0%c" % (3 + n, n, 3 + n) for n in range(2)]
     listed = [{"name": "apic", "instance_id": n, "version": 3} for n in range(2)]
     described = json.dumps({"devices": listed}).encode()
     return head + b"".join(devices) + b"\0\x06" + struct.pack(">I", len(described)) + described
+
+
+def _qemu_ram_seed() -> bytes:
+    """The same without `x-ignore-shared`: a page, then the same page as zeros."""
+    page = struct.pack(">Q", 0x08) + b"\x06pc.ram" + b"p" * PAGE_SIZE
+    return _qemu_seed(page, struct.pack(">Q", 0x22) + b"\0", with_address=False)
 
 
 def _journal_seed() -> bytes:
@@ -400,6 +419,7 @@ TARGETS: Mapping[str, Target] = {
         Target("stream", read_stream, [_stream_seed()], 16_384),
         Target("payload", read_payload, _payload_seeds(), 16_384),
         Target("qemu_stream", read_qemu_stream, [_qemu_seed()], 16_384),
+        Target("qemu_ram", read_qemu_ram, [_qemu_ram_seed()], 16_384),
         Target("qemu_payloads", read_qemu_payloads, [_qemu_seed()], 16_384),
         Target("journal", read_journal, [_journal_seed()]),
         Target("spec", read_spec, _spec_seeds(), MAX_TEXT_BYTES),
