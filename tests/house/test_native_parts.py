@@ -87,11 +87,11 @@ async def _capabilities(monkeypatch: pytest.MonkeyPatch) -> QemuHypervisor:
 
 @pytest.mark.required
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed")
-async def test_without_the_library_a_host_says_why_its_guests_stay(
+async def test_without_the_library_a_host_has_qemu_tell_what_guests_write_and_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hypervisor = await _capabilities(monkeypatch)
 
-    assert hypervisor.capabilities.dirty_tracking == "none"
+    assert hypervisor.capabilities.dirty_tracking == "stream"
     assert "no C compiler" in hypervisor.capabilities.dirty_tracking_reason
     assert "qemu.no_tracker" in capsys.readouterr().out

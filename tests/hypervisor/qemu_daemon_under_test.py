@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 import trio
 
-from tests.hypervisor.qemu_hosts import QemuHosts, plan_with_devices
+from tests.hypervisor.qemu_hosts import QemuHosts, odd, plan_with_devices
 from vmmigrate.hypervisor.conformance import wait_heartbeats
 from vmmigrate.hypervisor.qemu import saving
 from vmmigrate.hypervisor.qemu.files import QemuFiles
+from vmmigrate.hypervisor.qemu.pagestream import PageStream
 
 # Where the daemon stops: before that call of the pause, in the order in which they come.
 STEPS = ("running", "tracking", "receiving", "noting", "told", "standing", "paused")
+# The same for a guest whose QEMU has to tell what it writes.
+STREAM_STEPS = ("naming", "stopped", "noting", "told", "standing", "paused")
 
 
 def stop_at(step: str, say: Any) -> None:
@@ -32,16 +37,21 @@ def stop_at(step: str, say: Any) -> None:
 
     if step == "receiving":
         saving._receive = for_ever
+    elif step == "stopped":
+        PageStream._take_the_rest = for_ever  # type: ignore[method-assign]
     elif step == "noting":
         QemuFiles.keep_state = for_ever_in_thread  # type: ignore[method-assign]
     elif step == "told":
-        saving._expect_end = for_ever
+        saving.expect_end = for_ever
     elif step == "standing":
-        saving._wait_run_state = for_ever
+        saving.wait_run_state = for_ever
 
 
-async def main(root: Path, step: str) -> None:
-    guest = await QemuHosts(root).build(plan_with_devices(root), request_deadline_s=600)
+async def main(root: Path, step: str, source: str) -> None:
+    hosts, plan = QemuHosts(root), plan_with_devices(root)
+    if source == "stream":
+        hosts.settings, plan = replace(hosts.settings, use_tracker=False), odd(plan)
+    guest = await hosts.build(plan, request_deadline_s=600)
     await guest.run((1, 1))
     status = await wait_heartbeats(guest, 100)
 
@@ -49,9 +59,10 @@ async def main(root: Path, step: str) -> None:
         found_by = [guest.process.pid, guest.process.start_ticks, str(guest.process.socket_path), status.heartbeats]
         print(json.dumps(found_by), flush=True)
 
-    if step == "tracking":
+    if step == "tracking" or source == "stream":
         await guest.start_tracking()
-    if step in ("running", "tracking"):
+        await guest.more_pages()
+    if step in ("running", "tracking", "naming"):
         say()
         await trio.sleep_forever()
     stop_at(step, say)
@@ -61,4 +72,5 @@ async def main(root: Path, step: str) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, Path(sys.argv[1]), sys.argv[2])
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # only what is said is for the test
+    trio.run(main, Path(sys.argv[1]), *sys.argv[2:])

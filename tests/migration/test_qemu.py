@@ -20,7 +20,7 @@ from tests.migration.fleet import (
     wait_heartbeats,
     witnesses,
 )
-from tests.migration.qemu_fleet import VNIC, create_ready, machine, start
+from tests.migration.qemu_fleet import VNIC, create_ready, machine, start, start_both
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.hypervisor.base import RunState
 from vmmigrate.spec.latest import CpuidVendor
@@ -28,23 +28,24 @@ from vmmigrate.spec.latest import CpuidVendor
 pytestmark = requires_qemu
 
 
-async def test_a_qemu_guest_moves_there_and_back_and_is_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["tracker", "stream"])
+async def test_a_qemu_guest_moves_there_and_back_and_is_as_it_was(tmp_path: Path, source: str) -> None:
     """Memory, the disk that both hosts reach, the console; and nobody but its owner wrote a byte."""
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
-        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        alpha, beta = await start_both(fleet, source)
         instance = await create_ready(alpha, machine(tmp_path), disk=True)
 
-        for source, destination in ((alpha, beta), (beta, alpha)):
-            record = await migrate(source, destination, instance, verify="full", replacements=VNIC)
+        for here, there in ((alpha, beta), (beta, alpha)):
+            record = await migrate(here, there, instance, verify="full", replacements=VNIC)
 
             assert record["outcome"] == "moved", record
             assert record["digest"]["source"] == record["digest"]["destination"] != ""
-            assert record["negotiated"]["page_source"] == "tracker"
-            await wait_heartbeats(destination, instance, 300)
-            verdict = await check(destination, instance)
+            assert record["negotiated"]["page_source"] == source
+            await wait_heartbeats(there, instance, 300)
+            verdict = await check(there, instance)
             assert verdict["consistent"], verdict
             assert verdict["heartbeat"] is None
-            seen = (await destination.guest(instance).status()).program
+            seen = (await there.guest(instance).status()).program
             assert (seen["disk_read_backs"] > 0, seen["disk_failures"]) == (True, 0)
         owners = witnesses(fleet, instance)
         assert owners.single, owners.problems
@@ -89,16 +90,17 @@ async def test_memory_that_was_never_touched_is_neither_sent_nor_there_afterward
 
 
 @pytest.mark.slow
-async def test_a_paused_guest_arrives_paused_and_moves_on_before_it_has_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["tracker", "stream"])
+async def test_a_paused_guest_arrives_paused_and_moves_on_before_it_has_run(tmp_path: Path, source: str) -> None:
     async with open_fleet(tmp_path, "alpha", "beta", "gamma") as fleet:
-        hosts = [await start(fleet, name) for name in ("alpha", "beta", "gamma")]
+        hosts = [await start(fleet, name, source) for name in ("alpha", "beta", "gamma")]
         instance = await create_ready(hosts[0], spec_v3())
         await hosts[0].client.post(f"/v1/instances/{instance}:pause")
         beats = (await hosts[0].guest(instance).status()).heartbeats
 
-        for source, destination in itertools.pairwise(hosts):
-            assert (await migrate(source, destination, instance))["outcome"] == "moved"
-            status = await destination.guest(instance).status()
+        for here, there in itertools.pairwise(hosts):
+            assert (await migrate(here, there, instance))["outcome"] == "moved"
+            status = await there.guest(instance).status()
             assert (status.run_state, status.heartbeats) == (RunState.PAUSED, beats)
 
         await hosts[2].client.post(f"/v1/instances/{instance}:start")

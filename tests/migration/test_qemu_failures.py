@@ -26,7 +26,7 @@ from tests.migration.fleet import (
     wait_outcome,
     witnesses,
 )
-from tests.migration.qemu_fleet import VNIC, create_ready, machine, pci, start
+from tests.migration.qemu_fleet import VNIC, create_ready, machine, pci, start, start_both
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.hypervisor.qemu import saving
 
@@ -52,9 +52,14 @@ async def outcomes(alpha: RunningHost, beta: RunningHost, migration: str) -> tup
     return await wait_outcome(alpha, migration), await wait_outcome(beta, migration)
 
 
-@pytest.mark.parametrize("spoil", ["cut", "garbled", "nothing"])
+SOURCES = pytest.mark.parametrize("source", ["tracker", "stream"])
+
+
+@pytest.mark.parametrize(
+    ("source", "spoil"), [("tracker", "cut"), ("tracker", "garbled"), ("tracker", "nothing"), ("stream", "garbled")]
+)
 async def test_a_state_that_does_not_load_ends_that_qemu_and_the_source_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, spoil: str
 ) -> None:
     real = saving.load
 
@@ -64,7 +69,7 @@ async def test_a_state_that_does_not_load_ends_that_qemu_and_the_source_goes_on(
         await real(qmp, path, spoilt[spoil])
 
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
-        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        alpha, beta = await start_both(fleet, source)
         instance = await create_ready(alpha, machine(tmp_path), disk=True)
         with monkeypatch.context() as patched:
             patched.setattr(saving, "load", load)
@@ -94,6 +99,7 @@ async def power_off(alpha: RunningHost, beta: RunningHost, instance: str) -> Non
     await alpha.guest(instance).console_input("com1", b"p")
 
 
+@SOURCES
 @pytest.mark.parametrize(
     ("strike", "outcome", "code", "state"),
     [
@@ -105,13 +111,14 @@ async def power_off(alpha: RunningHost, beta: RunningHost, instance: str) -> Non
 )
 async def test_what_happens_to_the_guest_while_its_ram_moves_has_one_outcome(
     tmp_path: Path,
+    source: str,
     strike: Callable[[RunningHost, RunningHost, str], Awaitable[None]],
     outcome: str,
     code: str,
     state: str,
 ) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
-        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        alpha, beta = await start_both(fleet, source)
         instance = await create_ready(alpha, spec_v3())
         migration = await begin(alpha, beta, instance, **SLOWLY)
         await in_transit(alpha, migration)
@@ -128,9 +135,10 @@ async def test_what_happens_to_the_guest_while_its_ram_moves_has_one_outcome(
             assert (await migrate(alpha, beta, instance))["outcome"] == "moved"
 
 
-async def test_a_guest_that_reboots_while_its_ram_moves_arrives(tmp_path: Path) -> None:
+@SOURCES
+async def test_a_guest_that_reboots_while_its_ram_moves_arrives(tmp_path: Path, source: str) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
-        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        alpha, beta = await start_both(fleet, source)
         instance = await create_ready(alpha, spec_v3())
         migration = await begin(alpha, beta, instance, **SLOWLY)
         await in_transit(alpha, migration)
@@ -145,9 +153,10 @@ async def test_a_guest_that_reboots_while_its_ram_moves_arrives(tmp_path: Path) 
         await goes_on(beta, instance)
 
 
-async def test_a_cancelled_migration_leaves_the_guest_as_it_was(tmp_path: Path) -> None:
+@SOURCES
+async def test_a_cancelled_migration_leaves_the_guest_as_it_was(tmp_path: Path, source: str) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
-        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        alpha, beta = await start_both(fleet, source)
         instance = await create_ready(alpha, spec_v3())
         for canceller in (alpha, beta):
             migration = await begin(alpha, beta, instance, **SLOWLY)

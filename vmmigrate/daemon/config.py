@@ -195,7 +195,9 @@ class Qemu(_Section):
         cpu_model: Of guests whose spec says nothing about CPUID.
         network: "tap": NICs are tap interfaces of the host, by the name in the spec; "user": QEMU's own, behind an
             address translation, for tests and demonstrations.
-        tracker: Whether guests get the library without which they cannot be moved away.
+        tracker: Whether guests get the library that tells which pages they write; without it QEMU has to.
+        trust_tcg_stream: Move guests without the tracker also where QEMU is known to lose writes: before 9.0, with
+            accelerator "tcg" and RAM that is a multiple of 256 KiB.
         regions: NBD addresses by the id of the Crucible volume that is served there.
     """
 
@@ -204,6 +206,7 @@ class Qemu(_Section):
     cpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "qemu64"
     network: Literal["tap", "user"] = "tap"
     tracker: bool = True
+    trust_tcg_stream: bool = False
     regions: dict[str, Annotated[str, AfterValidator(_nbd)]] = Field(default_factory=dict)
 
 

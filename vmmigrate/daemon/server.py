@@ -122,6 +122,7 @@ def qemu_settings(config: Config) -> QemuSettings:
         regions=chosen.regions,
         kernels=[path.resolve() for path in config.allow.paths],
         use_tracker=chosen.tracker,
+        trust_tcg_stream=chosen.trust_tcg_stream,
     )
 
 

@@ -69,6 +69,7 @@ async def negotiate(channel: Channel, offer: m.Offer, migration: SourceMigration
     )
     migration.destination_url = offer.api_url
     note_negotiated(record, select)
+    record.negotiated["page_source"] = migration.live.page_source
     explain.note_passed_over(record, offer, select, abilities, needs, migration.spec)
     await channel.send(select)
     context = SessionContext(
@@ -193,7 +194,6 @@ def note_negotiated(record: MigrationRecord, select: m.Select) -> None:
         digest=select.digest,
         streams=select.streams,
         verify=select.verify,
-        page_source="tracker",
         payloads=dict(select.payloads),
     )
 

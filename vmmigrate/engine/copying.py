@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -21,6 +21,7 @@ from vmmigrate.engine.metrics import MigrationRecord, Outcome
 from vmmigrate.engine.outgoing import SourceMigration
 from vmmigrate.engine.resume import read_applied
 from vmmigrate.errors import ConvergenceError, HypervisorError, PayloadError, RemoteProtocolError
+from vmmigrate.hypervisor.base import Guest
 from vmmigrate.memory import MIB, PAGE_SIZE, PageBitmap
 from vmmigrate.net.channel import Channel
 from vmmigrate.net.sending import BulkSource, RoundSent
@@ -36,6 +37,7 @@ log = structlog.get_logger(__name__)
 _PROGRESS_S: Final = 0.1
 _HASH_SAMPLE_BYTES: Final = 4 * MIB
 _REHEARSALS: Final = 3
+_LAST_PART: Final = 3  # of RAM: a third
 
 
 @dataclass
@@ -116,7 +118,7 @@ async def copy_while_running(
     """
     if copy.pending is None:
         await begin_copy(agreed, copy, migration)
-    while not migration.steering.is_forced:
+    while not migration.steering.is_forced and migration.live.stopped_s is None:
         verdict = await _one_round(channel, bulk, agreed, copy, migration)
         if verdict is Verdict.PAUSE or (verdict is Verdict.WILL_NOT_CONVERGE and migration.options.force):
             break
@@ -171,11 +173,11 @@ async def begin_copy(agreed: Agreed, copy: Copy, migration: SourceMigration) -> 
     guest, record = migration.live, migration.record
     for _ in range(_REHEARSALS):
         await _rehearse(agreed, copy, migration)
-    await guest.start_tracking()
-    pages = await trio.to_thread.run_sync(guest.ram.populated)
     record.ram.total_bytes = guest.ram.layout.size_bytes
-    record.ram.hole_bytes = (guest.ram.layout.pages - pages.count()) * PAGE_SIZE
-    migration.offered = pages.copy()
+    migration.offered = PageBitmap(guest.ram.layout.pages)  # from now on there is something to undo
+    await guest.start_tracking()
+    pages = await guest.first_pages()
+    _remember_offered(migration, pages)
     copy.pending = pages
     copy.begun_s = time.monotonic()
 
@@ -210,7 +212,7 @@ async def _one_round(
 ) -> Verdict:
     """Send what is pending, wait until it has landed, and see what was written meanwhile: that is pending then."""
     begun = trio.current_time()
-    sent = await _land_round(channel, bulk, copy, migration)
+    sent = await _land_pass(channel, bulk, agreed, copy, migration)
     seconds = trio.current_time() - begun
     with trio.CancelScope(shield=True):
         # Marks that were taken and then forgotten would be lost pages: no cancel in between.
@@ -227,7 +229,7 @@ async def _one_round(
         # It would not fit with nothing left to send: was it measured in a bad moment?
         await _rehearse(agreed, copy, migration)
         copy.judge.fixed_s = _fixed_s(copy, migration)
-    number, finished = copy.number - 1, _round_of(sent, seconds, pending.count())
+    number, finished = copy.number - 1, _round_of(sent, seconds, pending.count() + migration.live.unnamed_pages)
     throttled = copy.judge.throttle_percent
     limits = migration.steering.limits
     verdict = copy.judge.after_round(
@@ -239,16 +241,80 @@ async def _one_round(
     return verdict
 
 
+async def _land_pass(
+    channel: Channel, bulk: BulkSource, agreed: Agreed, copy: Copy, migration: SourceMigration
+) -> RoundSent:
+    """Send what is pending; and, of a page source that names pages bit by bit, all that it names in this pass, a round
+    for each bit.
+
+    What is left of a pass decides when such a source stops the guest. So before the last part of it is asked for, a
+    pause must be within the limit, as far as it does not depend on pages.
+
+    Raises: ConvergenceError: it is not.
+    """
+    sent, is_checked = await _land_round(channel, bulk, copy, migration), migration.options.force
+    while not migration.steering.is_forced:
+        if not is_checked and is_last_part(migration.live):
+            await _check_a_pause_is_possible(agreed, copy, migration)
+            is_checked = True
+        if not await _name_more(copy, migration):
+            break
+        sent = sent.and_then(await _land_round(channel, bulk, copy, migration))
+    return sent
+
+
+def is_last_part(guest: Guest) -> bool:
+    """Whether a stream that goes on naming pages might stop the guest soon."""
+    return 0 < guest.unnamed_pages < guest.ram.layout.pages // _LAST_PART
+
+
+async def _check_a_pause_is_possible(agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
+    for _ in range(2):
+        copy.judge.fixed_s = _fixed_s(copy, migration)
+        if copy.judge.forecast(0).total_s <= migration.steering.limits.downtime_s:
+            return
+        await _rehearse(agreed, copy, migration)  # was it measured in a bad moment?
+    raise _will_not_converge(copy, migration)
+
+
+async def _name_more(copy: Copy, migration: SourceMigration) -> bool:
+    """What is pending are the next pages that a stream names; False: none, its pass is over."""
+    more = await migration.live.more_pages()
+    if more is None:
+        return False
+    copy.pending = more  # nothing may come between: pages that were named and then forgotten would be lost
+    copy.number += 1
+    _remember_offered(migration, more)
+    return True
+
+
+async def land_named(
+    channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration, *, goes_on: Callable[[], bool]
+) -> RoundSent:
+    """As `run_round`, of pages that a stream names as long as it *goes_on*."""
+    begun = trio.current_time()
+    sent = await _land_round(channel, bulk, copy, migration)
+    while goes_on() and await _name_more(copy, migration):
+        sent = sent.and_then(await _land_round(channel, bulk, copy, migration))
+    copy.number += 1
+    _note_probe(copy, migration, sent, trio.current_time() - begun)
+    return sent
+
+
 async def run_round(channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration) -> RoundSent:
     """Send what is pending and wait until it has landed, for the sake of how long that takes: marks are not taken."""
     begun = trio.current_time()
     sent = await _land_round(channel, bulk, copy, migration)
-    finished = _round_of(sent, trio.current_time() - begun, 0)
     copy.number += 1
+    _note_probe(copy, migration, sent, trio.current_time() - begun)
+    return sent
+
+
+def _note_probe(copy: Copy, migration: SourceMigration, sent: RoundSent, seconds: float) -> None:
+    finished = _round_of(sent, seconds, 0)
     copy.judge.note(finished)
     _note_round(migration.record, finished, 0)
     copy.judge.fixed_s = _fixed_s(copy, migration)
-    return sent
 
 
 async def _land_round(channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration) -> RoundSent:
@@ -386,6 +452,7 @@ def _round_of(sent: RoundSent, seconds: float, dirty_pages: int) -> Round:
 def _remember_offered(migration: SourceMigration, dirty: PageBitmap) -> None:
     assert migration.offered is not None
     migration.offered |= dirty
+    migration.record.ram.hole_bytes = (dirty.pages - migration.offered.count()) * PAGE_SIZE
 
 
 def _note_round(record: MigrationRecord, finished: Round, throttle_percent: int) -> None:

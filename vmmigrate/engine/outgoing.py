@@ -289,6 +289,8 @@ async def _resume_once(migration: SourceMigration) -> None:
         await guest.throttle(0)
     if migration.offered is not None:
         await guest.mark_dirty(migration.offered)
+    if guest.page_source == "stream":
+        await guest.stop_tracking()  # it would go on to stop the guest
     await guest.open_backends(epoch)
     if migration.desired is RunState.RUNNING:
         await guest.run(epoch)

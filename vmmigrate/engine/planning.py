@@ -11,22 +11,24 @@ import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import structlog
 import trio
 
 from vmmigrate.engine.agreement import Agreed
-from vmmigrate.engine.copying import Copy, begin_copy, run_round
+from vmmigrate.engine.copying import Copy, begin_copy, is_last_part, land_named, run_round
 from vmmigrate.engine.limits import MigrationOptions
 from vmmigrate.engine.outgoing import SourceMigration
 from vmmigrate.errors import HypervisorError, MigrationCancelled
+from vmmigrate.hypervisor.base import Guest, GuestRam
 from vmmigrate.memory import PAGE_SIZE, PageBitmap
 from vmmigrate.net.channel import Channel
 from vmmigrate.net.sending import BulkSource
 from vmmigrate.net.threads import open_group
 from vmmigrate.ram.convergence import Convergence, Estimate, Limits, PauseForecast
+from vmmigrate.ram.digest import PageHash
 from vmmigrate.ram.forecast import DirtyCurve, MigrationForecast, simulate
 
 log = structlog.get_logger(__name__)
@@ -35,6 +37,8 @@ _PROBE_S: Final = 1.0  # for RAM to travel
 _INTERVAL_S: Final = 0.05
 _INTERVALS: Final = 32
 _EMPTY_ROUNDS: Final = 3
+_SAMPLED_PAGES: Final = 1 << 13
+_SAMPLED_IN_PARTS: Final = 8  # a MiB or two at a time
 _STEADY: Final = 0.2  # measurements that differ by less
 _UNSTEADY: Final = 0.5
 _AMPLE: Final = 1.5  # of the time that is forecast
@@ -47,20 +51,22 @@ async def plan_out(channel: Channel, bulk: BulkSource, agreed: Agreed, copy: Cop
     Raises: MigrationCancelled, always.
     """
     await begin_copy(agreed, copy, migration)
-    assert copy.pending is not None
-    everything = copy.pending
-    marks: list[PageBitmap] = []
+    populated = await trio.to_thread.run_sync(migration.live.ram.populated)
+    watched: Watched = Marks(migration.live)
+    probe = _probe
+    if migration.live.page_source == "stream":
+        watched, probe = Sample(migration.live.ram, copy.page_hash, populated), _probe_named
     async with open_group() as beside:
-        beside.start_soon(_take_marks, marks, migration)
-        zero_share = await _probe(channel, bulk, copy, migration)
+        beside.start_soon(_watch, watched)
+        zero_share = await probe(channel, bulk, copy, migration)
     with contextlib.suppress(HypervisorError):
         await migration.live.stop_tracking()
     measured = _Measured(
-        first_pages=everything.count(),
+        first_pages=populated.count(),
         zero_share=zero_share,
-        curve=DirtyCurve(_windows(marks), migration.live.ram.layout.pages),
+        curve=DirtyCurve(_windows(watched), migration.live.ram.layout.pages),
         judge=copy.judge,
-        dirty_pages=[taken.count() for taken in marks],
+        dirty_pages=[watched.pages_in(taken) for taken in watched.intervals],
     )
     migration.record.plan = _plan_of(measured, migration.steering.limits, migration.steering.options)
     log.info("migration.planned", migration=migration.migration_id)
@@ -83,10 +89,12 @@ class _Measured:
         return simulate(self.first_pages, self.curve, judge, limits, zero_pages=zeros)
 
 
-async def _take_marks(marks: list[PageBitmap], migration: SourceMigration) -> None:
+async def _watch(watched: Watched) -> None:
+    await watched.look()
+    watched.intervals.clear()
     for _ in range(_INTERVALS):
         await trio.sleep(_INTERVAL_S)
-        marks.append(await migration.live.take_dirty())
+        await watched.look()
 
 
 async def _probe(channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration) -> float:
@@ -100,17 +108,83 @@ async def _probe(channel: Channel, bulk: BulkSource, copy: Copy, migration: Sour
         timer.start_soon(break_off)
         sent = await run_round(channel, bulk, copy, migration)
         timer.cancel_scope.cancel()
-    for _ in range(_EMPTY_ROUNDS):
-        copy.pending = PageBitmap(migration.live.ram.layout.pages)
-        await run_round(channel, bulk, copy, migration)
+    await _probe_empty(channel, bulk, copy, migration)
     return sent.zero_pages / max(sent.pages, 1)
 
 
-def _windows(marks: Sequence[PageBitmap]) -> list[tuple[float, int]]:
+async def _probe_named(channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration) -> float:
+    """The same with pages as a stream names them; never to the end of its pass, where it would stop the guest."""
+    guest, until = migration.live, trio.current_time() + _PROBE_S
+    sent = await land_named(
+        channel, bulk, copy, migration, goes_on=lambda: trio.current_time() < until and not is_last_part(guest)
+    )
+    await guest.stop_tracking()
+    await _probe_empty(channel, bulk, copy, migration)
+    return sent.zero_pages / max(sent.pages, 1)
+
+
+async def _probe_empty(channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration) -> None:
+    for _ in range(_EMPTY_ROUNDS):
+        copy.pending = PageBitmap(migration.live.ram.layout.pages)
+        await run_round(channel, bulk, copy, migration)
+
+
+class Watched(Protocol):
+    """What the guest writes, interval by interval."""
+
+    intervals: list[PageBitmap]
+
+    async def look(self) -> None:
+        """An interval is over."""
+
+    def pages_in(self, written: PageBitmap) -> int:
+        """How many pages of all RAM *written* stands for."""
+
+
+class Marks:
+    """Asks whoever knows at any time which pages were written."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.intervals: list[PageBitmap] = []
+        self._guest = guest
+
+    async def look(self) -> None:
+        self.intervals.append(await self._guest.take_dirty())
+
+    def pages_in(self, written: PageBitmap) -> int:
+        return written.count()
+
+
+class Sample:
+    """Compares some pages with what they were, for page sources that could not be asked without stopping the guest."""
+
+    def __init__(self, ram: GuestRam, page_hash: PageHash, populated: PageBitmap) -> None:
+        numbers = populated.page_numbers()
+        self.intervals: list[PageBitmap] = []
+        self._numbers = numbers[:: max(len(numbers) // _SAMPLED_PAGES, 1)]
+        self._share = len(self._numbers) / max(len(numbers), 1)
+        self._ram, self._hash = ram, page_hash
+        self._digests = np.zeros(len(self._numbers), dtype=np.uint64)
+
+    async def look(self) -> None:
+        await trio.to_thread.run_sync(self._compare)
+
+    def pages_in(self, written: PageBitmap) -> int:
+        return round(written.count() / self._share) if self._share else 0
+
+    def _compare(self) -> None:
+        digests = np.concatenate(
+            [self._hash.of(self._ram.pages, part) for part in np.array_split(self._numbers, _SAMPLED_IN_PARTS)]
+        )
+        self.intervals.append(PageBitmap.from_flags(digests != self._digests))
+        self._digests = digests
+
+
+def _windows(watched: Watched) -> list[tuple[float, int]]:
     """How many different pages were written within one interval, two, four, ...: (seconds, pages)."""
-    samples, unions, seconds = list[tuple[float, int]](), list(marks), _INTERVAL_S
+    samples, unions, seconds = list[tuple[float, int]](), list(watched.intervals), _INTERVAL_S
     while unions:
-        samples.append((seconds, round(float(np.mean([union.count() for union in unions])))))
+        samples.append((seconds, round(float(np.mean([watched.pages_in(union) for union in unions])))))
         unions = [unions[i] | unions[i + 1] for i in range(0, len(unions) - 1, 2)]
         seconds *= 2
     return samples

@@ -215,6 +215,8 @@ async def _pause(channel: Channel, migration: SourceMigration, number: int) -> N
     migration.record.laps.start()
     # Closes the disks, too: the destination opens them for writing before the guest starts there.
     await migration.live.pause_for_handoff(migration.migration_id)
+    if migration.live.stopped_s is not None:
+        migration.record.laps.start(migration.live.stopped_s)
     migration.record.laps.lap("pause")
     channel.say_later(m.Paused(number))
 

@@ -320,6 +320,30 @@ class Guest(Protocol):
         In one step, so that no `run` comes in between. *record* as in `note_record`. Idempotent.
         """
 
+    @property
+    def page_source(self) -> str:
+        """Who tells which pages were written: "tracker", who knows of all at any time; "stream", who *names* them bit
+        by bit in passes over RAM, all of it at first, and stops the guest by itself when hardly any are left.
+        """
+
+    @property
+    def stopped_s(self) -> float | None:
+        """`time.monotonic` of when a stream stopped the guest for its last pass, by itself or told to; None before."""
+
+    @property
+    def unnamed_pages(self) -> int:
+        """How many a stream has still to name in this pass, about."""
+
+    async def first_pages(self) -> PageBitmap:
+        """What a migration begins with, once tracking is on: every page that was ever touched; none, of a stream."""
+
+    async def more_pages(self) -> PageBitmap | None:
+        """The next pages that a stream names. None: the pass is over (what is named next belongs to another one), or
+        the guest has stopped. Only what was sent before is asked for more: a stream takes us for the link.
+
+        Raises: HypervisorError `dirty_tracking`.
+        """
+
     async def start_tracking(self) -> None:
         """From now on every write by the guest leaves a mark. Marks start clear."""
 

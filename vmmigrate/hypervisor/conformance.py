@@ -171,6 +171,31 @@ async def tracking_starts_clear_each_time(lab: Lab) -> None:
     await expect_error("not_tracking", guest.take_dirty())
 
 
+async def what_is_read_once_it_is_known_of_is_all_of_ram(lab: Lab) -> None:
+    """The law that a migration of a running guest rests on, whoever tells which pages were written."""
+    guest = await _running(lab)
+    copy = np.zeros_like(guest.ram.pages)
+
+    def read(pages: PageBitmap) -> None:
+        numbers = pages.page_numbers()
+        copy[numbers] = guest.ram.pages[numbers]
+
+    await guest.start_tracking()
+    read(await guest.first_pages())
+    for _ in range(3):
+        while (more := await guest.more_pages()) is not None:
+            read(more)
+        read(await guest.take_dirty())
+    await guest.pause_for_handoff(_MIGRATION)
+    read(await guest.take_dirty())
+
+    assert np.array_equal(copy, guest.ram.pages)
+    assert (guest.stopped_s is None) == (guest.page_source == "tracker")
+    beats = (await guest.status()).heartbeats
+    await guest.run((1, 3))
+    await wait_heartbeats(guest, beats + 20)
+
+
 async def a_source_goes_on_when_the_move_is_undone(lab: Lab) -> None:
     source = await _running(lab)
     await source.pause_for_handoff(_MIGRATION)
@@ -444,6 +469,7 @@ CHECKS: Final[Sequence[Check]] = (
     take_dirty_reports_every_write_once,
     marks_that_were_put_back_come_again_once,
     tracking_starts_clear_each_time,
+    what_is_read_once_it_is_known_of_is_all_of_ram,
     a_source_goes_on_when_the_move_is_undone,
     a_guest_moves_with_memory_time_devices_and_console,
     a_faulty_device_list_is_refused_whole_and_a_good_one_taken_after_it,

@@ -56,6 +56,24 @@ class ProcessGuest(ABC):
 
     # -- dirty pages -----------------------------------------------------------------------------------------------
 
+    @property
+    def page_source(self) -> str:
+        return "tracker"
+
+    @property
+    def stopped_s(self) -> float | None:
+        return None
+
+    @property
+    def unnamed_pages(self) -> int:
+        return 0
+
+    async def first_pages(self) -> PageBitmap:
+        return await self.in_thread(self.ram.populated)
+
+    async def more_pages(self) -> PageBitmap | None:
+        return None
+
     async def start_tracking(self) -> None:
         """Marks start clear, also those put back: what follows is a migration, and it sends all populated pages."""
         self._put_back = None

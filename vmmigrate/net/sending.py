@@ -60,6 +60,16 @@ class RoundSent:
     records: tuple[int, ...]
     unsent: PageBitmap | None = None
 
+    def and_then(self, later: RoundSent) -> RoundSent:
+        """Two rounds as one."""
+        return RoundSent(
+            self.pages + later.pages,
+            self.zero_pages + later.zero_pages,
+            self.bytes_sent + later.bytes_sent,
+            later.records,
+            later.unsent,
+        )
+
 
 class _Pending:
     """Page numbers that are to be sent together, ascending within a round."""

@@ -33,6 +33,7 @@ from vmmigrate.hypervisor.dirty import DirtyTracker, probe_kernel_tracking
 from vmmigrate.hypervisor.qemu import inspecting, launch, machine, payloads, tracker
 from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.guest import QemuGuest, can_be_saved
+from vmmigrate.hypervisor.qemu.pagestream import PageStream, loses_writes
 from vmmigrate.hypervisor.qemu.qmp import Qmp
 from vmmigrate.hypervisor.qemu.remembered import Remembered
 from vmmigrate.hypervisor.qemu.settings import OLDEST_VERSION, QemuFacts, QemuSettings
@@ -102,7 +103,7 @@ class QemuHypervisor:
             await trio.Path(options["witness_dir"]).mkdir(parents=True, exist_ok=True)
         no_tracking = await trio.to_thread.run_sync(_why_no_tracking, settings)
         if no_tracking:
-            log.warning("qemu.no_tracker", why=no_tracking, text="guests of this host run, and cannot be moved away")
+            log.warning("qemu.no_tracker", why=no_tracking, text="guests of this host move by QEMU's own stream")
         return cls(runtime_dir, settings, facts, no_tracking, **options)
 
     def problems(self, plan: GuestPlan) -> list[str]:
@@ -247,19 +248,23 @@ class QemuHypervisor:
         digest = await guest.in_thread(inspecting.kernel_digest, guest.plan)
         guest.learn({**facts, "device_tree": f"{facts['device_tree']}-{digest[:16]}"})
         marks = await guest.in_thread(self._tracker, guest, layout)
-        if isinstance(marks, tracker.NoTracker):
-            guest.no_moving = marks.reason
+        if isinstance(marks, PageStream):
+            guest.pages = marks
+            is_tcg = not (await guest.ask("query-kvm")).get("enabled")
+            if is_tcg and not self.settings.trust_tcg_stream:
+                guest.no_moving = loses_writes(self.facts.version, layout.size_bytes)
         guest.attach_ram(ram, self.wrap_tracker(marks) if self.wrap_tracker else marks, tracks=adopted)
 
     def _tracker(self, guest: QemuGuest, layout: RamLayout) -> DirtyTracker:
-        if self._no_tracking:
-            return tracker.NoTracker(self._no_tracking)
+        """The tracker where there is one; else QEMU's own stream."""
         try:
-            return tracker.QemuTracker(guest.process.pid, guest.ram_identity, layout.pages)
+            if not self._no_tracking:
+                return tracker.QemuTracker(guest.process.pid, guest.ram_identity, layout.pages)
         except HypervisorError as exc:
-            return tracker.NoTracker(exc.text)
+            log.info("guest.not_tracked", instance=guest.plan.instance_id, why=exc.text)
         except OSError as exc:
             raise HypervisorError(f"process {guest.process.pid}: {exc}", code="guest_lost") from exc
+        return guest.page_stream()
 
     @contextlib.contextmanager
     def _in_time(self, name: str) -> Any:
@@ -361,8 +366,10 @@ def _capabilities(facts: QemuFacts, no_tracking: str) -> Capabilities:
     return Capabilities(
         hypervisor="qemu",
         version=facts.version_text,
-        dirty_tracking="none" if no_tracking else "kernel",
-        dirty_tracking_reason=no_tracking or "userfaultfd write-protect in QEMU (tracker library), and PAGEMAP_SCAN",
+        dirty_tracking="stream" if no_tracking else "kernel",
+        dirty_tracking_reason=f"QEMU's own migration stream: {no_tracking}"
+        if no_tracking
+        else "userfaultfd write-protect in QEMU (tracker library), and PAGEMAP_SCAN",
         huge_pages=Capability(False, "QEMU maps guest RAM in small pages here"),
         throttle=Capability(False, "QEMU holds processors back only in its own migration"),
         facts={

@@ -19,7 +19,7 @@ import trio
 
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.devices.time import NS_PER_S, Adjustment, TimeData, adjust
-from vmmigrate.errors import HypervisorError, PayloadError
+from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.base import (
     ConsoleHistory,
     GuestPlan,
@@ -32,19 +32,21 @@ from vmmigrate.hypervisor.base import (
 )
 from vmmigrate.hypervisor.processes import ProcessWatch
 from vmmigrate.hypervisor.processguest import ProcessGuest
+from vmmigrate.hypervisor.qemu import belongings, images, payloads, saving, stress, tracker, witness
 from vmmigrate.hypervisor.qemu import files as consoles
-from vmmigrate.hypervisor.qemu import images, payloads, saving, stress, tracker, witness
 from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.machine import STAMP_OBJECT
+from vmmigrate.hypervisor.qemu.pagestream import PageStream
 from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError, text_of
 from vmmigrate.hypervisor.qemu.remembered import Epoch, Remembered, from_text
 from vmmigrate.hypervisor.qemu.stream import DeviceStream, parse_stream
-from vmmigrate.memory import GIB, PAGE_SIZE
+from vmmigrate.memory import GIB, PAGE_SIZE, PageBitmap
 
 T = TypeVar("T")
 
 _ASK_AGAIN_S: Final = 1.0
 _LOOK_AGAIN_S: Final = 0.005
+_READ_AT_LEAST_BYTES_PER_S: Final = 100 << 20  # what QEMU writes into our socket
 _SELF_CHECK_S_PER_GIB: Final = 120.0
 _PASSING: Final = frozenset({"finish-migrate", "save-vm"})  # QEMU leaves them by itself
 _ANNOUNCEMENT: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}  # milliseconds; QEMU's own defaults
@@ -54,7 +56,8 @@ class QemuGuest(ProcessGuest):
     """Implements `base.Guest`.
 
     Attributes:
-        no_moving: Why nothing tracks what it writes; empty when it can be moved.
+        pages: QEMU itself, where it has to tell what the guest writes; None where the tracker does.
+        no_moving: Why nobody can tell what the guest writes; empty when it can be moved.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class QemuGuest(ProcessGuest):
         self._memory: Remembered | None = None
         self._booted_ns: int | None = None
         self._saved: DeviceStream | None = None  # what the file `state` holds, once it was written from here
+        self.pages: PageStream | None = None
         self._acts = trio.Lock()
 
     @property
@@ -188,6 +192,7 @@ class QemuGuest(ProcessGuest):
             memory = await self.recall()
             silenced = replace(memory, seen=max(memory.seen, epoch), last_record=max(memory.last_record, record))
             await self._remember(silenced)  # before anything that may fail
+            await self._name_no_more()
             await self.ask("stop")
             await self._save(silenced, await self._run_state())
 
@@ -208,6 +213,37 @@ class QemuGuest(ProcessGuest):
             memory = (await self.recall()).claimed(stamp.epoch)
             await self._remember(replace(memory, stamp=stamp))
 
+    # -- pages that QEMU names -------------------------------------------------------------------------------------
+
+    @property
+    def page_source(self) -> str:
+        return "tracker" if self.pages is None else "stream"
+
+    @property
+    def stopped_s(self) -> float | None:
+        return None if self.pages is None else self.pages.stopped_s
+
+    @property
+    def unnamed_pages(self) -> int:
+        return self.pages.unnamed if self.pages is not None and self.pages.is_naming else 0
+
+    async def first_pages(self) -> PageBitmap:
+        if self.pages is not None and self.pages.is_naming:
+            return PageBitmap(self.plan.layout.pages)
+        return await super().first_pages()
+
+    async def more_pages(self) -> PageBitmap | None:
+        if self.pages is None or not self.pages.is_naming:
+            return None
+        return await self._tracked(self.pages.more)
+
+    def page_stream(self) -> PageStream:
+        """QEMU, to be asked for what the guest writes."""
+        return PageStream(self.ask, self.qmp, self._files.outgoing, self.plan.layout.pages, self._has_stood)
+
+    async def _has_stood(self) -> bool:
+        return _stands(await self.recall(), await self._run_state())
+
     # -- images ----------------------------------------------------------------------------------------------------
 
     async def open_backends(self, epoch: Epoch) -> None:
@@ -225,7 +261,13 @@ class QemuGuest(ProcessGuest):
             await self._check_still()
             memory = await self.recall()
             if memory.is_open:
+                await self._name_no_more()
                 await self._save(memory, await self._run_state())
+
+    async def _name_no_more(self) -> None:
+        """Only a pause for handoff is the end of what QEMU names."""
+        if self.pages is not None:
+            await self.pages.stop()
 
     async def _activate_all(self) -> None:
         """Make all images active; what is active stays so.
@@ -287,6 +329,10 @@ class QemuGuest(ProcessGuest):
             self._saved = stream
             await self._with_files(self._files.keep_state, stream.joined())
 
+        if self.pages is not None and self.pages.is_naming:
+            rest_s = self.plan.layout.size_bytes / _READ_AT_LEAST_BYTES_PER_S
+            await self._in_time(partial(self.pages.finish, note), "save", self._request_deadline_s + rest_s)
+            return
         save = partial(saving.save, self.ask, self.qmp, self._files.outgoing, note, was_running=was_running)
         await self._in_time(save, "save")
 
@@ -326,7 +372,7 @@ class QemuGuest(ProcessGuest):
         known = await self._known_devices()
         return (
             *payloads.describe_keys([port.name for port in self.plan.serial_ports]),
-            *payloads.describe(known["labels"], [name for _, name in self._blobs()]),
+            *payloads.describe(known["labels"], list(belongings.blobs_of(self.plan))),
         )
 
     async def export_devices(self, versions: Mapping[str, int]) -> tuple[DevicePayload, ...]:
@@ -335,15 +381,7 @@ class QemuGuest(ProcessGuest):
             self._check_stopped(state)
             if not _stands(memory, state):
                 await self._save(memory, state)
-            return await self._with_files(self._payloads)
-
-    def _payloads(self) -> tuple[DevicePayload, ...]:
-        contents = {name: self._files.blob(number).read_bytes() for number, name in self._blobs()}
-        keys = {port.name: consoles.waiting_keys(self._files.keys(port.num)) for port in self.plan.serial_ports}
-        return (
-            *payloads.from_keys(keys),
-            *payloads.from_stream(self._saved or parse_stream(self._files.state.read_bytes()), contents),
-        )
+            return await self._with_files(belongings.collect, self.plan, self._files, self._saved)
 
     async def rehearse_export(self, versions: Mapping[str, int]) -> int:
         """Only a guest that stands still can be saved: what it was the last time is the best that can be told."""
@@ -360,29 +398,11 @@ class QemuGuest(ProcessGuest):
             if not memory.is_arriving:
                 text = f"guest {self.plan.instance_id} does not wait for device state"
                 raise HypervisorError(text, code="not_arriving")
-            stream, skipped = await self._with_files(self._take_in, received)
+            stream, skipped = await self._with_files(belongings.take_in, self.plan, self._files, received)
             await self._load(stream)
             arrived = replace(memory, is_arriving=False, has_loaded=True, announces=True)
             await self._remember(replace(arrived, booted_ns=self._booted_ns or memory.booted_ns))
         return skipped
-
-    def _take_in(self, received: Sequence[DevicePayload]) -> tuple[bytes, tuple[tuple[str, str], ...]]:
-        """Check everything, then put into files what is no business of QEMU's. Blocking. Raises: PayloadError."""
-        blobs = {name: number for number, name in self._blobs()}
-        keys, others = payloads.take_keys(received, [port.name for port in self.plan.serial_ports])
-        parsed, contents, skipped = payloads.to_stream(others, list(blobs))
-        stream = parsed.joined()
-        for name, body in contents.items():
-            image = self._files.blob(blobs[name])
-            if len(body) != image.stat().st_size:
-                text = f"device {name}: {len(body)} bytes, the disk here has {image.stat().st_size}"
-                raise PayloadError(text, code="payload_value", details={"device": name})
-            image.write_bytes(body)
-        self._files.keep_devices(parsed, len(stream))
-        self._files.keep_state(stream)
-        for port, waiting in keys.items():
-            consoles.type_keys(self._files.keys(self._num(port)), waiting)
-        return stream, skipped
 
     async def _load(self, stream: bytes) -> None:
         try:
@@ -452,14 +472,15 @@ class QemuGuest(ProcessGuest):
         """
         return await self._in_time(partial(self.qmp.execute, command, **arguments), command)
 
-    async def _in_time(self, call: Any, what: str) -> Any:
-        with trio.move_on_after(self._request_deadline_s):
+    async def _in_time(self, call: Any, what: str, deadline_s: float | None = None) -> Any:
+        deadline_s = deadline_s or self._request_deadline_s
+        with trio.move_on_after(deadline_s):
             try:
                 return await call()
             except (OSError, EOFError) as exc:
                 raise await self.explain_cut(exc) from exc
         self.check_alive()
-        text = f"guest {self.plan.instance_id}: no answer to {what} within {self._request_deadline_s:g} s"
+        text = f"guest {self.plan.instance_id}: no answer to {what} within {deadline_s:g} s"
         raise HypervisorError(text, code="guest_unresponsive")
 
     async def _with_files(self, call: Callable[..., T], *args: Any) -> T:
@@ -489,14 +510,6 @@ class QemuGuest(ProcessGuest):
             raise HypervisorError(text, code="not_migratable") from exc
         return known
 
-    def _blobs(self) -> list[tuple[int, str]]:
-        """Blob disks that the guest may have written, by number, with their backends' names."""
-        return [
-            (number, disk.backend_name)
-            for number, disk in enumerate(self.plan.disks)
-            if disk.backend_kind == "blob" and not disk.readonly
-        ]
-
     def _num(self, port: str) -> str:
         for known in self.plan.serial_ports:
             if known.name == port:
@@ -509,6 +522,7 @@ class QemuGuest(ProcessGuest):
 
         Raises: HypervisorError.
         """
+        await saving.settle(self.ask)
         while (state := await self._run_state()) in _PASSING:  # noqa: ASYNC110 (another process' state)
             await trio.sleep(_LOOK_AGAIN_S)
         memory = await self.recall()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ class QmpError(HypervisorError):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that QEMU told without being asked. `number` counts them from 1."""
+    """Something that QEMU told without being asked. `number` counts them from 1; `at_s` is by `time.time`, of QEMU."""
 
     number: int
     name: str
     data: Mapping[str, Any]
+    at_s: float
 
 
 class _Connection:
@@ -180,6 +182,10 @@ class Qmp:
                 raise EOFError
             await self._wait_for_some(connection)
 
+    def events(self, name: str, after: int) -> list[Event]:
+        """Those of that *name* that have been read, beyond number *after*; few are kept."""
+        return [event for event in self._events if event.name == name and event.number > after]
+
     def close(self) -> None:
         self._closed = True
         for connection in (self._connection, self._opening):
@@ -247,7 +253,8 @@ class Qmp:
         if isinstance(name, str):
             told = message.get("data")
             self.events_seen += 1
-            self._events.append(Event(self.events_seen, name, told if isinstance(told, dict) else {}))
+            at_s = _seconds(message.get("timestamp"))
+            self._events.append(Event(self.events_seen, name, told if isinstance(told, dict) else {}, at_s))
         elif type(number) is int and number in connection.awaited:
             connection.replies[number] = message
 
@@ -258,6 +265,15 @@ def text_of(answer: Any, field: str) -> str:
     if not isinstance(text, str):
         raise HypervisorError(f"QEMU answered without {field}", code="qemu_protocol")
     return text
+
+
+def _seconds(timestamp: Any) -> float:
+    """When an event was; now, when QEMU does not say it."""
+    told = timestamp if isinstance(timestamp, dict) else {}
+    seconds, microseconds = told.get("seconds"), told.get("microseconds")
+    if type(seconds) is not int or type(microseconds) is not int or seconds < 0:
+        return time.time()
+    return seconds + microseconds / 1e6
 
 
 def _result(command: str, reply: Mapping[str, Any]) -> Any:

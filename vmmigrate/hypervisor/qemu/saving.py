@@ -25,8 +25,8 @@ from vmmigrate.hypervisor.qemu.stream import MAX_STREAM_BYTES, DeviceStream, who
 
 _CHUNK_BYTES: Final = 1 << 18
 _UNLIMITED: Final = 1 << 40
-_LOADED: Final = bytes.fromhex("0001 0004 00000000")  # return path: message 1 (shut), four bytes, all is well
-_UNDER_WAY: Final = frozenset({"setup", "active", "device", "cancelling"})
+LOADED: Final = bytes.fromhex("0001 0004 00000000")  # return path: message 1 (shut), four bytes, all is well
+_UNDER_WAY: Final = frozenset({"setup", "active", "pre-switchover", "device", "cancelling"})
 _OVER: Final = frozenset({"completed", "failed", "cancelled"})
 _LOOK_AGAIN_S: Final = 0.0005
 _CALL_OFF_S: Final = 5.0
@@ -57,20 +57,30 @@ async def save(ask: Ask, qmp: Qmp, path: Path, note: Note, *, was_running: bool)
             connection, _ = await listener.accept()
             with contextlib.closing(connection):
                 await note(await _receive(connection))
-                await connection.send(_LOADED)
-                await _expect_end(ask, qmp, seen)
-                await _wait_run_state(ask, "postmigrate")
+                await connection.send(LOADED)
+                await expect_end(ask, qmp, seen)
+                await wait_run_state(ask, "postmigrate")
         except BaseException:
             with trio.CancelScope(shield=True):
-                await _call_off(ask, was_running)
+                await call_off(ask, was_running)
             raise
 
 
 async def prepare(ask: Ask) -> None:
     """Once for each QEMU, so that nothing of it is part of a pause."""
-    wanted = ("events", "return-path", "x-ignore-shared", "late-block-activate")
-    await ask("migrate-set-capabilities", capabilities=[{"capability": name, "state": True} for name in wanted])
+    await choose(ask, names_ram=False)
     await ask("migrate-set-parameters", max_bandwidth=_UNLIMITED)
+
+
+async def choose(ask: Ask, *, names_ram: bool) -> None:
+    """What QEMU's next migration is for: guest RAM too (`pagestream`), or all but that."""
+    capabilities = {
+        **dict.fromkeys(("events", "return-path", "late-block-activate"), True),
+        "x-ignore-shared": not names_ram,
+        "pause-before-switchover": names_ram,
+    }
+    listed = [{"capability": name, "state": state} for name, state in capabilities.items()]
+    await ask("migrate-set-capabilities", capabilities=listed)
 
 
 async def _receive(connection: trio.socket.SocketType) -> DeviceStream:
@@ -84,7 +94,11 @@ async def _receive(connection: trio.socket.SocketType) -> DeviceStream:
     return whole
 
 
-async def _expect_end(ask: Ask, qmp: Qmp, seen: int) -> None:
+async def expect_end(ask: Ask, qmp: Qmp, seen: int) -> None:
+    """Wait until QEMU has taken its migration for done, as an event beyond number *seen* tells.
+
+    Raises: HypervisorError `pause_failed`.
+    """
     event = await qmp.wait_event("MIGRATION", seen, lambda data: data.get("status") in _OVER)
     if event.data["status"] != "completed":
         raise HypervisorError(f"QEMU did not save its state: {await _reason(ask)}", code="pause_failed")
@@ -96,13 +110,13 @@ async def _reason(ask: Ask) -> str:
     return "no reason given"
 
 
-async def _wait_run_state(ask: Ask, wanted: str) -> None:
+async def wait_run_state(ask: Ask, wanted: str) -> None:
     """QEMU tells that a migration is over just before it sets the run state that follows from it."""
     while text_of(await ask("query-status"), "status") != wanted:  # noqa: ASYNC110 (another process' state)
         await trio.sleep(_LOOK_AGAIN_S)
 
 
-async def _call_off(ask: Ask, was_running: bool) -> None:
+async def call_off(ask: Ask, was_running: bool) -> None:
     """End QEMU's migration; a guest that ran goes on by itself, or is told to."""
     with contextlib.suppress(HypervisorError), trio.move_on_after(_CALL_OFF_S):
         with contextlib.suppress(QmpError):
@@ -111,6 +125,17 @@ async def _call_off(ask: Ask, was_running: bool) -> None:
             await trio.sleep(_LOOK_AGAIN_S)
         if was_running and text_of(await ask("query-status"), "status") != "running":
             await ask("cont")
+
+
+async def settle(ask: Ask) -> None:
+    """Make an end of what a daemon that died had QEMU migrate: what nobody reads fails by itself, but one that waits
+    for the word to go on is called off. A guest that QEMU stopped goes on. The caller sets the deadline."""
+    while (status := (await ask("query-migrate") or {}).get("status")) in _UNDER_WAY:
+        if status == "pre-switchover":
+            with contextlib.suppress(QmpError):
+                await ask("migrate_cancel")
+        await trio.sleep(_LOOK_AGAIN_S)
+    await choose(ask, names_ram=False)
 
 
 async def prepare_loading(ask: Ask, path: Path) -> None:

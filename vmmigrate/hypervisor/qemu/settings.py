@@ -23,7 +23,8 @@ class QemuSettings:
             behind an address translation, for tests and demonstrations.
         regions: NBD addresses by the id of the Crucible volume that is served there.
         kernels: Directories in which kernels and initial RAM disks of guests may lie, links resolved.
-        use_tracker: False: guests are started without it, and stay.
+        use_tracker: False: guests are started without it, and move by QEMU's own stream.
+        trust_tcg_stream: Also where QEMU is known to lose writes (`pagestream.loses_writes`).
     """
 
     binary: str = "qemu-system-x86_64"
@@ -33,6 +34,7 @@ class QemuSettings:
     regions: Mapping[str, str] = field(default_factory=dict)
     kernels: Sequence[Path] = ()
     use_tracker: bool = True
+    trust_tcg_stream: bool = False
 
 
 @dataclass(frozen=True)
