@@ -28,8 +28,8 @@ from vmmigrate.hypervisor.base import (
     RunState,
     SerialPortPlan,
 )
+from vmmigrate.hypervisor.qemu.belongings import unsaved
 from vmmigrate.hypervisor.qemu.files import QemuFiles
-from vmmigrate.hypervisor.qemu.guest import can_be_saved
 from vmmigrate.hypervisor.qemu.machine import (
     SANDBOX,
     arguments,
@@ -817,7 +817,7 @@ class TestInQemu:
 
     async def test_a_guest_with_an_nvme_disk_runs_and_stays(self, qemu_hosts: QemuHosts, short: Path) -> None:
         plan = plan_of(disks=(file_disk(short, "fast-disk", (0, 4, 0), model="nvme", serial="1"),))
-        assert not can_be_saved(plan)
+        assert unsaved(plan)
         guest = await qemu_hosts.build(plan)
 
         await guest.run((1, 1))

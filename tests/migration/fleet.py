@@ -66,6 +66,9 @@ class ObservedQemu(QemuHypervisor):
         guest = await super().adopt(stamp, plan, process)
         return None if guest is None else self._noted(guest)
 
+    async def adopt_foreign(self, plan: GuestPlan, stamp: GuestStamp, monitor: Path, pid: int | None) -> Guest:
+        return self._noted(await super().adopt_foreign(plan, stamp, monitor, pid))
+
     def _noted(self, guest: Guest) -> Guest:
         self.__dict__.setdefault("seen", {})[guest.plan.instance_id] = guest
         return guest

@@ -16,7 +16,7 @@ QEMU = f'network = "user"\naccelerator = "{ACCELERATOR}"'
 
 async def start(fleet: Fleet, name: str, source: str = "tracker", **options: Any) -> RunningHost:
     """*source*: the page source of guests that this host starts."""
-    allow = f'paths = ["{stress_kernel().parent}", "{fleet.root}"]'
+    allow = f'paths = ["{stress_kernel().parent}", "{fleet.root}"]\nmonitors = ["{fleet.root}"]'
     qemu = options.pop("qemu", QEMU) + ("\ntracker = false" if source == "stream" else "")
     return await fleet.start(name, qemu=qemu, allow=allow, **options)
 

@@ -33,7 +33,7 @@ class MachineOverrides(Request):
     cpus: Annotated[int, Field(gt=0, le=255)] | None = None
 
 
-class CreateInstance(Request):
+class NewInstance(Request):
     """Everything but the spec, which stands beside it in the same request as `spec_version` and `spec`."""
 
     id: InstanceId
@@ -41,6 +41,23 @@ class CreateInstance(Request):
     description: Annotated[str, Field(max_length=4096)] = ""
     overrides: MachineOverrides = MachineOverrides()
     program: dict[str, Any] = Field(default_factory=lambda: {"name": "idle"})
+
+
+class AdoptInstance(NewInstance):
+    """A guest that runs already.
+
+    Attributes:
+        id: Without it, QEMU's UUID; or a random word, if it has none.
+        monitor: The path of the socket of its QEMU's monitor (QMP), on the host.
+        pid: Its QEMU; without it, the process that made that socket.
+    """
+
+    id: InstanceId | Literal[""] = ""
+    monitor: Annotated[str, Field(min_length=2, max_length=4096, pattern=r"^/[^\x00]*$")]
+    pid: Annotated[int, Field(gt=1, lt=1 << 22)] | None = None
+
+
+class CreateInstance(NewInstance):
     blobs: dict[str, str] = Field(default_factory=dict, max_length=256)  # base64
     start: bool = False
 

@@ -29,9 +29,11 @@ def create_request(
     program: dict[str, Any],
     name: str = "",
     ram_bytes: int | None = None,
-    start: bool = False,
+    **more: Any,
 ) -> str:
-    """The body of `POST /v1/instances`. The spec goes into it as it is spelled: its decoder is strict about that.
+    """The body of `POST /v1/instances`, and of `:adopt`, with *more* fields of theirs.
+
+    The spec goes into it as it is spelled: its decoder is strict about that.
 
     Raises: UsageError; SpecParseError: the file is no JSON document.
     """
@@ -41,12 +43,12 @@ def create_request(
     except SpecParseError as error:
         raise SpecParseError(f"{spec}: {error.text}", code=error.code, details=error.details) from None
     beside: dict[str, Any] = {
-        "id": instance_id or str(uuid.uuid4()),
+        "id": str(uuid.uuid4()) if instance_id is None else instance_id,
         "spec_version": spec_version,
         "name": name,
         "program": program,
         "overrides": {} if ram_bytes is None else {"ram_bytes": ram_bytes},
-        "start": start,
+        **more,
     }
     return f'{json.dumps(beside)[:-1]}, "spec": {text}}}'
 

@@ -19,6 +19,7 @@ import vmmigrate
 from vmmigrate import jsontext
 from vmmigrate.api.models import (
     Adjust,
+    AdoptInstance,
     Cancel,
     ConsoleInput,
     CreateInstance,
@@ -27,6 +28,7 @@ from vmmigrate.api.models import (
     Resolve,
     Superseded,
 )
+from vmmigrate.daemon import foreign
 from vmmigrate.daemon.host import Host, check_port
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.daemon.resolving import Resolving
@@ -86,6 +88,7 @@ def make_app(host: Host, migrations: Migrations, resolving: Resolving) -> FastAP
     app.add_exception_handler(RequestValidationError, _reply_to_wrong_parameter)
     app.add_exception_handler(Exception, _reply_to_defect)
     _add_instances(app, host)
+    _add_adoption(app, host)
     _add_consoles(app, host)
     _add_migrations(app, host, migrations)
     _add_resolving(app, resolving)
@@ -144,6 +147,18 @@ _SPEC_PARTS: Mapping[str, Any] = {
     "spec_version": {"type": "string", "enum": list(chain.CHAIN.names)},
     "spec": {"type": "object"},
 }
+
+
+def _add_adoption(app: FastAPI, host: Host) -> None:
+    @app.post(
+        "/v1/instances:adopt",
+        status_code=201,
+        dependencies=[allowed(Call.INSTANCE_WRITE)],
+        openapi_extra=_takes(AdoptInstance, **_SPEC_PARTS),
+    )
+    async def adopt_instance(request: Request) -> dict[str, Any]:
+        body, spec = read_spec_request(await request.body())
+        return await foreign.adopt(host, checked(AdoptInstance, body), spec)
 
 
 def _add_instances(app: FastAPI, host: Host) -> None:

@@ -101,6 +101,7 @@ class Allow(_Section):
             specs spell them.
         interfaces: Names or patterns (`vnic*`) of network interfaces.
         features: Build features of specs: `failure-injection`.
+        monitors: Directories under which the monitors of QEMUs that may be adopted lie, after resolving links.
         volumes: Where Crucible volumes lie on this host, by volume id (the embedded machine's model of Crucible).
     """
 
@@ -108,6 +109,7 @@ class Allow(_Section):
     hosts: list[Annotated[str, AfterValidator(_known_host)]] = Field(default_factory=list)
     interfaces: list[str] = Field(default_factory=list)
     features: list[str] = Field(default_factory=list)
+    monitors: list[FilePath] = Field(default_factory=list)
     volumes: dict[str, FilePath] = Field(default_factory=dict)
 
 
@@ -283,5 +285,6 @@ def _absolute(config: Config, base: Path) -> Config:
     tls = Tls.model_construct(**{name: value and base / value for name, value in config.tls})
     directories = Directories.model_construct(**{name: value and base / value for name, value in config.directories})
     volumes = {name: base / path for name, path in config.allow.volumes.items()}
-    allow = config.allow.model_copy(update={"paths": [base / path for path in config.allow.paths], "volumes": volumes})
+    placed = {name: [base / path for path in getattr(config.allow, name)] for name in ("paths", "monitors")}
+    allow = config.allow.model_copy(update={**placed, "volumes": volumes})
     return config.model_copy(update={"tls": tls, "directories": directories, "allow": allow})

@@ -14,7 +14,7 @@ import structlog
 import trio
 
 import vmmigrate
-from vmmigrate.api.models import CreateInstance
+from vmmigrate.api.models import CreateInstance, NewInstance
 from vmmigrate.daemon.admission import check_admissible, check_realisable
 from vmmigrate.daemon.config import Config
 from vmmigrate.daemon.documents import DocumentStore, InstanceDocument, arriving_document
@@ -251,21 +251,20 @@ class Host:
                 await self.hypervisor.end_leftover(process_of(former))
         stamp = GuestStamp(document.instance_id, self.identity.name, epoch, migration)
         guest = await self.hypervisor.build(plan, stamp, for_migration=migration is not None)
-        process = guest.process
         try:
-            await self.journal.commit(
-                rules.Spawn(
-                    r.Spawned(
-                        document.instance_id, migration, process.pid, process.start_ticks, str(process.socket_path)
-                    )
-                )
-            )
-            await guest.note_record(*self.journal.position)
+            await self.note_process(document.instance_id, migration, guest)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await guest.destroy()
             raise
         return guest
+
+    async def note_process(self, instance_id: str, migration: str | None, guest: Guest) -> None:
+        """In the journal, and then in the guest that the journal knows of it."""
+        process = guest.process
+        spawned = r.Spawned(instance_id, migration, process.pid, process.start_ticks, str(process.socket_path))
+        await self.journal.commit(rules.Spawn(spawned))
+        await guest.note_record(*self.journal.position)
 
     def watch(self, instance: Instance, guest: Guest) -> None:
         """Notice when the process of *guest* ends although nobody ended it."""
@@ -305,6 +304,17 @@ class Host:
 
         Raises: SpecError, UsageError, RequestError; then nothing was made.
         """
+        await self.register(request, spec, _decode_blobs(request.blobs))
+        if request.start:
+            try:
+                await self.start(request.id)
+            except VmMigrateError:
+                await self.delete(request.id)
+                raise
+        return await self.describe(request.id)
+
+    async def register(self, request: NewInstance, spec: chain.AnySpec, blobs: Mapping[str, bytes]) -> None:
+        """Make an instance that has no guest. Raises: SpecError, UsageError, RequestError; then nothing was made."""
         document = InstanceDocument(
             instance_id=request.id,
             spec=chain.up(spec),
@@ -312,7 +322,7 @@ class Host:
             description=request.description,
             overrides=request.overrides.model_dump(exclude_none=True),
             program=request.program,
-            blobs=_decode_blobs(request.blobs),
+            blobs=blobs,
         )
         self.check(document, 0)
         self.check_determinate(request.id)
@@ -324,20 +334,13 @@ class Host:
             await self.journal.commit(rules.Create(request.id))
             self.instances[request.id] = Instance(document)
         log.info("instance.created", instance=request.id)
-        if request.start:
-            try:
-                await self.start(request.id)
-            except VmMigrateError:
-                await self.delete(request.id)
-                raise
-        return await self.describe(request.id)
 
     async def start(self, instance_id: str) -> None:
         """Build the guest and run it. Idempotent for a running one.
 
         Raises: RequestError, OwnershipRefusal, HypervisorError; then it is stopped.
         """
-        async with self._asked(instance_id, Request.START) as instance:
+        async with self.asked(instance_id, Request.START) as instance:
             known = self.journal.state.instances[instance_id]
             if instance.guest is not None:
                 await instance.guest.run(known.epoch)
@@ -359,19 +362,19 @@ class Host:
 
     async def stop(self, instance_id: str) -> None:
         """End the guest. Idempotent. Raises: RequestError, OwnershipRefusal."""
-        async with self._asked(instance_id, Request.STOP) as instance:
+        async with self.asked(instance_id, Request.STOP) as instance:
             await self.journal.commit(rules.Stop(instance_id))
             await self._end_guest(instance)
             log.info("instance.stopped", instance=instance_id)
 
     async def pause(self, instance_id: str) -> None:
         """Pause the guest as an operator. Raises: RequestError, OwnershipRefusal."""
-        async with self._asked(instance_id, Request.PAUSE):
+        async with self.asked(instance_id, Request.PAUSE):
             await self.guest(instance_id).pause()
 
     async def reboot(self, instance_id: str) -> None:
         """Press the guest's reset button. Raises: RequestError, OwnershipRefusal."""
-        async with self._asked(instance_id, Request.REBOOT):
+        async with self.asked(instance_id, Request.REBOOT):
             await self.guest(instance_id).reboot()
             log.info("instance.rebooted", instance=instance_id)
 
@@ -385,7 +388,7 @@ class Host:
 
     async def delete(self, instance_id: str) -> None:
         """Stop and forget the instance. Raises: RequestError, OwnershipRefusal."""
-        async with self._asked(instance_id, Request.DELETE) as instance:
+        async with self.asked(instance_id, Request.DELETE) as instance:
             await self.journal.commit(rules.Remove(instance_id))
             await self._end_guest(instance)
             await trio.to_thread.run_sync(self.documents.remove_instance, instance_id)
@@ -405,7 +408,7 @@ class Host:
         self._check_arrived(instance_id)
 
     @contextlib.asynccontextmanager
-    async def _asked(self, instance_id: str, request: Request) -> AsyncIterator[Instance]:
+    async def asked(self, instance_id: str, request: Request) -> AsyncIterator[Instance]:
         """The instance, with its lock; refused before and after the wait for that. Raises: as `permit`."""
         self.permit(instance_id, request)
         instance = self.instance(instance_id)

@@ -121,6 +121,7 @@ def qemu_settings(config: Config) -> QemuSettings:
         network=chosen.network,
         regions=chosen.regions,
         kernels=[path.resolve() for path in config.allow.paths],
+        monitors=[path.resolve() for path in config.allow.monitors],
         use_tracker=chosen.tracker,
         trust_tcg_stream=chosen.trust_tcg_stream,
     )

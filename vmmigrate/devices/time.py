@@ -145,3 +145,20 @@ def _moved_tsc(time: TimeData, delta_ns: int) -> int:
 
 def _error(code: str, text: str) -> PayloadError:
     return PayloadError(text, code=f"time_{code}")
+
+
+def since_boot(booted_ns: int, monotonic_ns: int, wall_ns: int) -> TimeData:
+    """Of a guest whose clocks travel elsewhere: its counter counts nanoseconds since it booted.
+
+    Args:
+        booted_ns: By the monotonic clock of this host, of which *monotonic_ns* is now; *wall_ns*: what time that is.
+    """
+    booted_ns = min(booted_ns, monotonic_ns)
+    return TimeData(
+        guest_freq=NS_PER_S,
+        guest_tsc=monotonic_ns - booted_ns,
+        hrtime=monotonic_ns,
+        hres_sec=wall_ns // NS_PER_S,
+        hres_ns=wall_ns % NS_PER_S,
+        boot_hrtime=booted_ns,
+    )

@@ -221,6 +221,9 @@ def _keep_ram(migration: SourceMigration) -> None:
     """RAM outlives the guest that moved, to be hashed once more."""
     if migration.guest is None or migration.frozen is None or migration.frozen.ram is not None:
         return
+    if migration.guest.ram.is_copied:
+        migration.record.integrity = not_hashed("guest RAM was its process's own, and ended with it")
+        return
     migration.frozen.ram = migration.guest.release_ram()
     migration.record.integrity = dict(PENDING) if migration.frozen.ram else not_hashed("the guest process had ended")
 

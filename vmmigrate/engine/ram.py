@@ -15,7 +15,9 @@ def hash_ram(ram: GuestRam, populated: PageBitmap) -> bytes:
     """The digest of all RAM; only *populated* pages are read. Blocking."""
     digest = RamDigest(ram.layout.pages)
     pages = ram.pages
-    for first, count in split_runs(populated.runs(), _CHUNK_PAGES).tolist():
+    for run in split_runs(populated.runs(), _CHUNK_PAGES):
+        ram.fetch(run.reshape(1, 2))
+        first, count = run.tolist()
         digest.update(first, pages[first : first + count])
     return digest.digest()
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.devices.time import Adjustment, TimeData
-from vmmigrate.memory import PageBitmap, RamLayout
+from vmmigrate.memory import PageBitmap, RamLayout, Runs
 
 if TYPE_CHECKING:  # a guest process starts without what reads specs
     from vmmigrate.spec.latest import Cpuid
@@ -224,9 +224,14 @@ class PayloadDescription:
 
 
 class GuestRam(Protocol):
-    """A guest's RAM as the daemon maps it: one file, regions one after the other (`RamLayout`)."""
+    """A guest's RAM as the daemon maps it: one file, regions one after the other (`RamLayout`).
+
+    Attributes:
+        is_copied: The guest's process has it for itself: here it is read after `fetch`, and is gone with the process.
+    """
 
     layout: RamLayout
+    is_copied: bool
 
     @property
     def view(self) -> memoryview:
@@ -241,6 +246,13 @@ class GuestRam(Protocol):
 
     def populated(self) -> PageBitmap:
         """Pages that were ever touched, by SEEK_DATA and SEEK_HOLE: reading a hole would allocate it."""
+
+    def fetch(self, runs: Runs) -> None:
+        """Have pages be here as the guest has them now; others, that were fetched before, are no longer. Nothing, where
+        RAM is not copied. Blocking: about 0.5 s for a GiB.
+
+        Raises: HypervisorError `ram_read`.
+        """
 
     def populate(self, first_page: int, pages: int) -> None:
         """Make pages be there before they are written; their contents stay. Only while the guest cannot run. Blocking.
@@ -465,6 +477,24 @@ class Hypervisor(Protocol):
 
         Raises: HypervisorError: a process answers, and it is not that guest.
         """
+
+    async def adopt_foreign(self, plan: GuestPlan, stamp: GuestStamp, monitor: Path, pid: int | None) -> Guest:
+        """Take over a running guest that something else started, as it is, if it is what *plan* says.
+
+        Args:
+            monitor: The socket by which it is commanded.
+            pid: Its process; None: the one that made that socket.
+
+        Raises:
+            SpecCreatableError: `not_that_machine`: with all that differs; `host_refuses`. HypervisorError: `monitor`,
+                `monitor_busy`, `not_supported`. The guest runs on as before, and nothing is left.
+        """
+
+    async def identity_of(self, monitor: Path) -> str | None:
+        """The UUID of a guest that something else started; None when it has none. Raises: as `adopt_foreign`."""
+
+    async def give_back(self, guest: Guest) -> None:
+        """Let go of a guest of `adopt_foreign` that no journal knows of. It runs on."""
 
     async def find_others(self, known: Collection[Path]) -> Sequence[FoundGuest]:
         """Every guest process on this host but those at the sockets *known*. They are asked who they are and left as

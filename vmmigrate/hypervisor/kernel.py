@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmmigrate.errors import HypervisorError
-from vmmigrate.memory import PAGE_SIZE, Runs
+from vmmigrate.memory import PAGE_SIZE, Runs, split_runs
 
 # Numbers of userfaultfd(2) by machine.
 _USERFAULTFD = {"x86_64": 323, "aarch64": 282}
@@ -44,9 +44,11 @@ _LARGE_BLOCK_BYTES = 4 << 20
 _PAGEMAP_SCAN = 0xC0606610
 _PM_SCAN_WP_MATCHING = 1
 _PM_SCAN_CHECK_WPASYNC = 2
-_PAGE_IS_WRITTEN = 2
+_PAGE_IS_WRITTEN, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED, _PAGE_IS_PFNZERO = 1 << 1, 1 << 3, 1 << 4, 1 << 5
 _SCAN_ARGUMENT = struct.Struct("12Q")
 _SCAN_VECTOR_REGIONS = 8192
+_MOST_VECTORS = 1024  # IOV_MAX
+_PIECE_PAGES = 256
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -68,6 +70,12 @@ _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_u
 _libc.tee.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint]
 _libc.tee.restype = ctypes.c_ssize_t
 _libc.syscall.restype = ctypes.c_long
+_libc.process_vm_readv.argtypes = [
+    ctypes.c_int,
+    *(ctypes.c_void_p, ctypes.c_ulong) * 2,
+    ctypes.c_ulong,
+]
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
 def open_write_tracker(address: int, size_bytes: int) -> int:
@@ -107,11 +115,15 @@ def take_written(pagemap: int, address: int, size_bytes: int) -> Runs:
     Raises:
         OSError: Some of the marks may be gone.
     """
+    return _scan(pagemap, address, size_bytes, _TAKING, _WRITTEN)
+
+
+def _scan(pagemap: int, address: int, size_bytes: int, flags: int, masks: tuple[int, int, int, int]) -> Runs:
     vector = np.empty((_SCAN_VECTOR_REGIONS, 3), dtype=np.uint64)
     found: list[Runs] = []
     start, end = address, address + size_bytes
     while start < end:
-        argument = bytearray(_scan_argument(start, end, vector))
+        argument = bytearray(_scan_argument(start, end, vector, flags, masks))
         count = fcntl.ioctl(pagemap, _PAGEMAP_SCAN, argument)
         edges = vector[:count, :2].astype(np.int64)
         found.append(np.stack([edges[:, 0] - address, edges[:, 1] - edges[:, 0]], axis=1) // PAGE_SIZE)
@@ -130,11 +142,49 @@ def check_tracked(pagemap: int, address: int, size_bytes: int) -> None:
 
 
 _TAKING = _PM_SCAN_WP_MATCHING | _PM_SCAN_CHECK_WPASYNC
+_WRITTEN = (0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)  # inverted, all of, any of, return
+# Not the page of zeros that stands where something was read and never written.
+_THERE = (_PAGE_IS_PFNZERO, _PAGE_IS_PFNZERO, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_PRESENT)
 
 
-def _scan_argument(start: int, end: int, vector: npt.NDArray[np.uint64], flags: int = _TAKING) -> bytes:
-    masks = (0, _PAGE_IS_WRITTEN, 0, _PAGE_IS_WRITTEN)  # inverted, all of, any of, return
+def _scan_argument(
+    start: int,
+    end: int,
+    vector: npt.NDArray[np.uint64],
+    flags: int = _TAKING,
+    masks: tuple[int, int, int, int] = _WRITTEN,
+) -> bytes:
     return _SCAN_ARGUMENT.pack(_SCAN_ARGUMENT.size, flags, start, end, 0, vector.ctypes.data, len(vector), 0, *masks)
+
+
+def pages_there(pagemap: int, address: int, size_bytes: int) -> Runs:
+    """Which pages of a private mapping hold anything, in memory or swapped out; as `take_written`, without its effect.
+
+    Raises: OSError: ENOTTY: the kernel is older than 6.7.
+    """
+    return _scan(pagemap, address, size_bytes, 0, _THERE)
+
+
+def read_process(pid: int, source: int, target: int, runs: Runs) -> None:
+    """Copy pages, by their numbers in runs, out of another process' memory at *source* to ours at *target*.
+
+    Raises: OSError: EFAULT: less is mapped there; ESRCH: it is gone; EPERM. Some pages may have been copied.
+
+    Source: process_vm_readv(2).
+    """
+    # In pieces: the kernel copies less than 2 GiB at once.
+    places = split_runs(runs, _PIECE_PAGES).astype(np.uint64) * PAGE_SIZE
+    for begin in range(0, len(places), _MOST_VECTORS):
+        part = places[begin : begin + _MOST_VECTORS]
+        there, here = part.copy(), part.copy()
+        there[:, 0] += np.uint64(source)
+        here[:, 0] += np.uint64(target)
+        wanted = int(part[:, 1].sum())
+        got = _libc.process_vm_readv(pid, here.ctypes.data, len(part), there.ctypes.data, len(part), 0)
+        if got < 0:
+            raise _os_error("process_vm_readv")
+        if got != wanted:
+            raise OSError(errno.EFAULT, f"process_vm_readv: {got} bytes of {wanted}")
 
 
 def punch_holes(fd: int, runs: Iterable[tuple[int, int]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import threading
 import weakref
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor import kernel
 from vmmigrate.hypervisor.base import Capability
-from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs
 
 HUGE_BYTES: Final = 2 << 20
 _MOST_ADVISED: Final = 4096  # each may split a mapping in three, and a process may have some 65,000
@@ -38,12 +39,17 @@ class MappedRam:
 
     Attributes:
         layout: Its regions, one after the other in the file.
+        file: Device and inode of the file.
     """
 
+    is_copied = False
+
     def __init__(self, fd: int, layout: RamLayout, *, writable: bool, huge_pages: bool = False) -> None:
-        if os.fstat(fd).st_size != layout.size_bytes:
-            raise HypervisorError(f"guest RAM has {os.fstat(fd).st_size} bytes, not {layout.size_bytes}")
+        status = os.fstat(fd)
+        if status.st_size != layout.size_bytes:
+            raise HypervisorError(f"guest RAM has {status.st_size} bytes, not {layout.size_bytes}")
         self.layout = layout
+        self.file = (status.st_dev, status.st_ino)
         self._fd = fd
         self._closing = threading.Lock()
         self._writable = writable
@@ -67,6 +73,9 @@ class MappedRam:
         with self._file() as fd:
             runs = kernel.populated_runs(fd, self.layout.size_bytes)
         return PageBitmap.from_runs(self.layout.pages, runs)
+
+    def fetch(self, runs: Runs) -> None:
+        """It is mapped: nothing has to be fetched."""
 
     def populate(self, first_page: int, pages: int) -> None:
         """Make pages be there, before they are written; their contents stay. Only of a guest that cannot run.
@@ -155,6 +164,75 @@ class MappedRam:
         if self._mapping is None:
             raise HypervisorError("this daemon has let go of the guest", code="guest_detached")
         return self._mapping
+
+
+class CopiedRam(MappedRam):
+    """RAM that only its process has: pages are copied out of it when they are asked for, into memory of this daemon.
+
+    Only what was fetched last is kept: a daemon shall not need as much memory as its guests.
+
+    Attributes:
+        pid: The process.
+        address: Where RAM lies in it.
+    """
+
+    is_copied = True
+
+    def __init__(self, pid: int, address: int, layout: RamLayout) -> None:
+        """Raises: OSError: that process cannot be looked at."""
+        self.pid, self.address = pid, address
+        self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        fd = -1
+        try:
+            fd = os.memfd_create("vmmigrate-copy", os.MFD_CLOEXEC)
+            os.ftruncate(fd, layout.size_bytes)
+            super().__init__(fd, layout, writable=True)
+        except BaseException:
+            os.close(self._pagemap)
+            if fd >= 0:
+                os.close(fd)
+            raise
+
+    def populated(self) -> PageBitmap:
+        """Pages that hold anything; all of them, where the kernel cannot tell."""
+        with self._closing:
+            self._mapped()
+            try:
+                runs = kernel.pages_there(self._pagemap, self.address, self.layout.size_bytes)
+            except OSError as exc:
+                if exc.errno != errno.ENOTTY:
+                    raise self._unread(exc) from exc
+                runs = np.asarray([(0, self.layout.pages)], dtype=np.int64)
+        return PageBitmap.from_runs(self.layout.pages, runs)
+
+    def fetch(self, runs: Runs) -> None:
+        with self._file() as fd:
+            kernel.punch_holes(fd, [(0, self.layout.pages)])
+        mapping = self._mapped()  # held: nobody else may be given its addresses meanwhile
+        self._copy(runs, ctypes.addressof(mapping))
+
+    def page_now(self, page: int) -> memoryview:
+        """One page as the guest has it now; what was fetched stays."""
+        buffer = (ctypes.c_ubyte * PAGE_SIZE)()
+        self._copy(np.asarray([(page, 1)], dtype=np.int64), ctypes.addressof(buffer) - page * PAGE_SIZE)
+        return memoryview(buffer).cast("B")
+
+    def _copy(self, runs: Runs, target: int) -> None:
+        try:
+            kernel.read_process(self.pid, self.address, target, runs)
+        except OSError as exc:
+            raise self._unread(exc) from exc
+
+    def _unread(self, exc: OSError) -> HypervisorError:
+        error = HypervisorError(f"cannot read guest RAM of process {self.pid}: {exc.strerror or exc}", code="ram_read")
+        error.__cause__ = ProcessLookupError() if exc.errno == errno.ESRCH else exc
+        return error
+
+    def close(self) -> None:
+        if self._mapping is not None:
+            with self._closing:
+                os.close(self._pagemap)
+        super().close()
 
 
 def _exported(address: int, size_bytes: int) -> ctypes.Array[ctypes.c_ubyte]:

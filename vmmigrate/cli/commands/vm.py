@@ -56,6 +56,40 @@ def create(
     return 0
 
 
+@app.command
+def adopt(
+    *,
+    url: UrlOption,
+    qmp: Annotated[Path, Parameter(name="--qmp", help="The socket of its QEMU's monitor (QMP), a path on that host.")],
+    spec: Annotated[Path, Parameter(help="The instance spec, a JSON document: what the machine has to be.")],
+    instance_id: Annotated[str, Parameter(name="--id", help="QEMU's UUID; a random word, if it has none.")] = "",
+    spec_version: Annotated[str, Parameter(help="Which version the spec is written in.")] = "v3",
+    name: Annotated[str, Parameter(help="For people.")] = "",
+    program: Annotated[
+        str, Parameter(help="What the guest was booted from: idle (its disks), or a JSON object.")
+    ] = "idle",
+    ram_bytes: Annotated[int | None, Parameter(help="RAM, instead of the spec's: a multiple of 4096.")] = None,
+    pid: Annotated[int | None, Parameter(help="QEMU's process, if another one made that socket.")] = None,
+    output: OutputOption = "text",
+    tls: ClientTls = NO_TLS,
+) -> int:
+    """Take over a guest in a QEMU that something else started. It runs on; whatever differs from the spec is refused.
+
+    For example:
+
+    vmmigrate vm adopt --qmp /run/machines/web-1.qmp --spec spec.json --url https://host-a:7441
+    """
+    from vmmigrate.cli.connect import ask_host
+    from vmmigrate.cli.requests import create_request, program_of
+
+    more = {"monitor": str(qmp), **({} if pid is None else {"pid": pid})}
+    text = create_request(
+        spec, spec_version, instance_id=instance_id, name=name, program=program_of(program), ram_bytes=ram_bytes, **more
+    )
+    _show(ask_host(url, tls, lambda client: client.post("/v1/instances:adopt", text=text)), output)
+    return 0
+
+
 @app.command(name="list")
 def list_all(*, url: UrlOption, output: OutputOption = "text", tls: ClientTls = NO_TLS) -> int:
     """All instances that this host knows, also those that were given away.

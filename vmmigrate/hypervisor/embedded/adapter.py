@@ -37,6 +37,8 @@ WrapTracker = Callable[[DirtyTracker], DirtyTracker]
 REQUEST_DEADLINE_S: Final = 10.0
 START_DEADLINE_S: Final = 30.0
 
+_NO_FOREIGNERS: Final = 'only a host with hypervisor = "qemu" can adopt what something else started'
+
 
 class EmbeddedHypervisor:
     """Implements `base.Hypervisor`. Made by `open`.
@@ -139,6 +141,15 @@ class EmbeddedHypervisor:
             guest.detach()
             raise
         return guest
+
+    async def adopt_foreign(self, plan: GuestPlan, stamp: GuestStamp, monitor: Path, pid: int | None) -> Guest:
+        raise HypervisorError(_NO_FOREIGNERS, code="not_supported")
+
+    async def identity_of(self, monitor: Path) -> str | None:
+        raise HypervisorError(_NO_FOREIGNERS, code="not_supported")
+
+    async def give_back(self, guest: Guest) -> None:
+        """There is none that could be given back."""
 
     async def find_others(self, known: Collection[Path]) -> Sequence[FoundGuest]:
         found: list[FoundGuest] = []

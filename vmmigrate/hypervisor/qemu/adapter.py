@@ -10,7 +10,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
@@ -18,6 +20,7 @@ from typing import Any, Final, Self
 import structlog
 import trio
 
+from vmmigrate.devices.time import NS_PER_S
 from vmmigrate.errors import HypervisorError, VmMigrateError
 from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import (
@@ -30,11 +33,22 @@ from vmmigrate.hypervisor.base import (
     GuestStamp,
 )
 from vmmigrate.hypervisor.dirty import DirtyTracker, probe_kernel_tracking
-from vmmigrate.hypervisor.qemu import inspecting, launch, machine, payloads, tracker
+from vmmigrate.hypervisor.qemu import (
+    anatomy,
+    belongings,
+    foreign,
+    inspecting,
+    launch,
+    machine,
+    payloads,
+    survey,
+    takeover,
+    tracker,
+)
 from vmmigrate.hypervisor.qemu.files import QemuFiles
-from vmmigrate.hypervisor.qemu.guest import QemuGuest, can_be_saved
+from vmmigrate.hypervisor.qemu.guest import QemuGuest
 from vmmigrate.hypervisor.qemu.pagestream import PageStream, loses_writes
-from vmmigrate.hypervisor.qemu.qmp import Qmp
+from vmmigrate.hypervisor.qemu.qmp import Qmp, text_of
 from vmmigrate.hypervisor.qemu.remembered import Remembered
 from vmmigrate.hypervisor.qemu.settings import OLDEST_VERSION, QemuFacts, QemuSettings
 from vmmigrate.hypervisor.rammap import MappedRam
@@ -124,11 +138,12 @@ class QemuHypervisor:
         launched = await trio.to_thread.run_sync(
             launch.launch, self.runtime_dir, self._witness_dir, plan, stamp, arguments, library, limiter=self._threads
         )
-        guest = self._guest(plan, launched.watch, launched.files, launched.ram_fd)
+        guest = self._guest(plan, launched.watch, launched.files)
         try:
+            ram = await _mapped(guest, launched.ram_fd, for_migration)
             with self._in_time(plan.instance_id):
-                await self._attach(guest, launched.ram_fd, writable=for_migration, adopted=False)
-                await guest.begin(memory, keeps_images=not can_be_saved(plan))
+                await self._attach(guest, ram, adopted=False)
+                await guest.begin(memory, keeps_images=bool(belongings.unsaved(plan)))
         except BaseException:
             await guest.destroy()
             raise
@@ -140,17 +155,12 @@ class QemuHypervisor:
         if watch is None:
             await trio.to_thread.run_sync(files.remove, limiter=self._threads)
             return None
+        guest = self._guest(plan, watch, files)
         try:
-            ram_fd = os.open(f"/proc/{process.pid}/fd/{machine.RAM_FD}", os.O_RDWR | os.O_CLOEXEC)
-        except OSError as exc:
-            alive = watch.is_alive()
-            watch.close()
-            code = "ram_map" if alive else "guest_lost"
-            raise HypervisorError(f"cannot reach the RAM of process {process.pid}: {exc}", code=code) from exc
-        guest = self._guest(plan, watch, files, ram_fd)
-        try:
+            guest.foreign = await trio.to_thread.run_sync(foreign.load, files, limiter=self._threads)
+            ram = await guest.in_thread(_ram_of, guest)
             with self._in_time(plan.instance_id):
-                await self._attach(guest, ram_fd, writable=False, adopted=True)
+                await self._attach(guest, ram, adopted=True)
                 found = (await guest.recall()).stamp
             if (found.instance_id, found.host_id) != (stamp.instance_id, stamp.host_id):
                 text = f"process {process.pid} is instance {found.instance_id} of host {found.host_id}"
@@ -162,6 +172,109 @@ class QemuHypervisor:
             raise
         return guest
 
+    async def adopt_foreign(self, plan: GuestPlan, stamp: GuestStamp, monitor: Path, pid: int | None) -> Guest:
+        files = self._files(self.runtime_dir / secrets.token_hex(processes.TOKEN_BYTES) / "qmp")
+        survey.check_allowed(monitor, self.settings.monitors)
+        await trio.to_thread.run_sync(takeover.link_monitor, files, monitor, limiter=self._threads)
+        try:
+            pid = pid or survey.listening_pid(monitor)
+            watch = await trio.to_thread.run_sync(_process_of, pid, limiter=self._threads)
+        except BaseException:
+            await trio.to_thread.run_sync(files.remove, limiter=self._threads)
+            raise
+        guest = self._guest(plan, watch, files)
+        is_ours = False
+        try:
+            with self._in_time(plan.instance_id):
+                guest.foreign = await self._recognise(guest, files, stamp, monitor)
+                is_ours = True
+                await guest.in_thread(takeover.make_files, plan, files, stamp)
+                await guest.in_thread(guest.foreign.save, files)
+                await self._attach(guest, await guest.in_thread(guest.foreign.map_ram, plan.layout), adopted=False)
+                booted_ns = guest.process.start_ticks * NS_PER_S // os.sysconf("SC_CLK_TCK")
+                await guest.take_over(
+                    Remembered(stamp, stamp.epoch, ran=stamp.epoch, is_open=True, booted_ns=booted_ns)
+                )
+        except BaseException:
+            if is_ours:
+                await guest.give_back()
+            else:
+                guest.detach()
+                await trio.to_thread.run_sync(files.remove, limiter=self._threads)
+            raise
+        return guest
+
+    async def _recognise(self, guest: QemuGuest, files: QemuFiles, stamp: GuestStamp, monitor: Path) -> foreign.Foreign:
+        """Whether the machine there is that of the plan, and where its parts are.
+
+        Raises: HypervisorError `monitor_busy`; SpecCreatableError `not_that_machine`: all that differs.
+        """
+        try:
+            version = await inspecting.version(guest.ask)
+        except HypervisorError as exc:
+            if exc.code != "guest_unresponsive":
+                raise
+            raise survey.busy(monitor) from exc
+        found = await survey.survey(guest.ask, guest.plan, self.settings, guest.process.pid)
+        there = await anatomy.anatomy(guest.ask)
+        made, differences = await self._compare(guest.plan, stamp, there, files)
+        survey.refuse(monitor, [*found.wrong, *differences])
+        return foreign.Foreign(
+            guest.process.pid,
+            guest.process.start_ticks,
+            found.ram_address,
+            found.ram_fd,
+            found.nodes,
+            found.ports,
+            {**made, "hypervisor_version": version},
+        )
+
+    async def _compare(
+        self, plan: GuestPlan, stamp: GuestStamp, there: anatomy.Anatomy, files: QemuFiles
+    ) -> tuple[Mapping[str, str], list[str]]:
+        """Make the machine of *plan* here, with nothing behind its devices, and end it again.
+
+        Returns: Its facts, and what is not so *there*. Which devices are saved is noted in *files*.
+        """
+        like = {"hypervisor": "qemu", "machine_type": there["machine type"], "cpu_model": there["processor"]}
+        if kept := belongings.unsaved(plan):
+            return {}, [f"{disk.name}: QEMU cannot save its NVMe controller" for disk in kept]
+        pattern = survey.bare(replace(plan, like=like))
+        settings = replace(self.settings, network="none", use_tracker=False)
+        if unfit := machine.problems(pattern, settings, self.facts):
+            return {}, unfit
+        here = QemuHypervisor(
+            self.runtime_dir,
+            settings,
+            self.facts,
+            "it is only looked at",
+            request_deadline_s=self._request_deadline_s,
+            start_deadline_s=self._start_deadline_s,
+        )
+        # Under the stamp of the instance: a daemon that dies now finds a guest that was never run, and ends it.
+        made = await here.build(pattern, stamp, for_migration=False)
+        try:
+            assert isinstance(made, QemuGuest)
+            pattern_files = self._files(made.process.socket_path)
+            await made.in_thread(shutil.copyfile, pattern_files.devices, files.devices)
+            return made.facts, anatomy.differences(there, await anatomy.anatomy(made.ask))
+        finally:
+            await made.destroy()
+
+    async def identity_of(self, monitor: Path) -> str | None:
+        survey.check_allowed(monitor, self.settings.monitors)
+        with contextlib.closing(Qmp(monitor)) as qmp, trio.move_on_after(self._request_deadline_s):
+            try:
+                found = text_of(await qmp.execute("query-uuid"), "UUID")
+            except (OSError, EOFError) as exc:
+                raise HypervisorError(f"monitor {monitor}: {exc}", code="monitor") from exc
+            return None if found == _NO_UUID else found
+        raise survey.busy(monitor)
+
+    async def give_back(self, guest: Guest) -> None:
+        assert isinstance(guest, QemuGuest)
+        await guest.give_back()
+
     async def find_others(self, known: Collection[Path]) -> Sequence[FoundGuest]:
         found: list[FoundGuest] = []
 
@@ -170,6 +283,10 @@ class QemuHypervisor:
             if guest is None:
                 return
             try:
+                if guest.foreign is not None and not await guest.is_in_a_journal():
+                    log.warning("guest.given_back", socket=str(monitor), pid=guest.process.pid)
+                    await guest.give_back()
+                    return
                 found.append(FoundGuest(guest.process, await guest.status()))
             except VmMigrateError as exc:
                 log.error("guest.unidentified", socket=str(monitor), code=exc.code, why=exc.text)
@@ -191,13 +308,15 @@ class QemuHypervisor:
         if watch is None:
             files.remove()
             return None
-        return self._guest(_NO_PLAN, watch, files, None)
+        guest = self._guest(_NO_PLAN, watch, files)
+        guest.foreign = foreign.load(files)
+        return guest
 
     async def silence(self, process: GuestProcess, epoch: tuple[int, int], record: int) -> bool:
         watch = await trio.to_thread.run_sync(processes.find, process.pid, process.start_ticks, limiter=self._threads)
         if watch is None:
             return False
-        guest = self._guest(_NO_PLAN, watch, self._files(process.socket_path), None)
+        guest = self._guest(_NO_PLAN, watch, self._files(process.socket_path))
         try:
             await guest.silence(epoch, record)
             return True
@@ -218,47 +337,48 @@ class QemuHypervisor:
     def _files(self, monitor: Path) -> QemuFiles:
         return QemuFiles(monitor.parent, self._witness_dir)
 
-    def _guest(self, plan: GuestPlan, watch: processes.ProcessWatch, files: QemuFiles, ram_fd: int | None) -> QemuGuest:
+    def _guest(self, plan: GuestPlan, watch: processes.ProcessWatch, files: QemuFiles) -> QemuGuest:
         return QemuGuest(
             plan=plan,
             process=GuestProcess(watch.pid, kernel.start_ticks_of(watch.pid) or 0, files.monitor),
             watch=watch,
             files=files,
-            ram_identity=tracker.RamIdentity(0, 0) if ram_fd is None else tracker.RamIdentity.of(ram_fd),
             locked=machine.locked_files(plan, self.settings, files),
             request_deadline_s=self._request_deadline_s,
         )
 
-    async def _attach(self, guest: QemuGuest, ram_fd: int, *, writable: bool, adopted: bool) -> None:
-        """Map RAM, wait until QEMU answers, see what machine it made, and begin to watch what it writes.
+    async def _attach(self, guest: QemuGuest, ram: MappedRam, *, adopted: bool) -> None:
+        """Wait until QEMU answers, see what machine it made, and begin to watch what it writes.
 
         Raises: HypervisorError: also `guest_start`: QEMU ended, with its reason.
         """
-        layout = guest.plan.layout
-        ram = await _mapped(guest, ram_fd, writable)
         guest.attach_ram(ram, tracker.NoTracker("QEMU has not started"), tracks=False)
         try:
-            facts = await inspecting.guest_facts(guest.ask, guest.plan, self.facts.version_text)
+            if guest.foreign is None:
+                facts = await inspecting.guest_facts(guest.ask, guest.plan, await inspecting.version(guest.ask))
+                digest = await guest.in_thread(inspecting.kernel_digest, guest.plan)
+                facts["device_tree"] = f"{facts['device_tree']}-{digest[:16]}"
+                guest.learn(facts)
+            else:
+                guest.learn(guest.foreign.facts)
         except HypervisorError as exc:
             if exc.code == "guest_lost" and not adopted:
                 raise HypervisorError(
                     f"QEMU did not start: {guest.last_words() or exc.text}", code="guest_start"
                 ) from exc
             raise
-        digest = await guest.in_thread(inspecting.kernel_digest, guest.plan)
-        guest.learn({**facts, "device_tree": f"{facts['device_tree']}-{digest[:16]}"})
-        marks = await guest.in_thread(self._tracker, guest, layout)
+        marks = await guest.in_thread(self._tracker, guest, guest.plan.layout)
         if isinstance(marks, PageStream):
             guest.pages = marks
             is_tcg = not (await guest.ask("query-kvm")).get("enabled")
             if is_tcg and not self.settings.trust_tcg_stream:
-                guest.no_moving = loses_writes(self.facts.version, layout.size_bytes)
+                guest.no_moving = loses_writes(guest.facts["hypervisor_version"], guest.plan.layout.size_bytes)
         guest.attach_ram(ram, self.wrap_tracker(marks) if self.wrap_tracker else marks, tracks=adopted)
 
     def _tracker(self, guest: QemuGuest, layout: RamLayout) -> DirtyTracker:
         """The tracker where there is one; else QEMU's own stream."""
         try:
-            if not self._no_tracking:
+            if not self._no_tracking and not guest.ram.is_copied:
                 return tracker.QemuTracker(guest.process.pid, guest.ram_identity, layout.pages)
         except HypervisorError as exc:
             log.info("guest.not_tracked", instance=guest.plan.instance_id, why=exc.text)
@@ -275,6 +395,7 @@ class QemuHypervisor:
             raise HypervisorError(text, code="guest_unresponsive")
 
 
+_NO_UUID: Final = str(uuid.UUID(int=0))
 _NO_PLAN: Final = GuestPlan("unknown", RamLayout.for_size(MIB), 1)
 
 
@@ -287,6 +408,27 @@ async def _mapped(guest: QemuGuest, ram_fd: int, writable: bool) -> MappedRam:
         if isinstance(exc, (OSError, ValueError, HypervisorError)):
             raise HypervisorError(f"cannot map guest RAM: {exc}", code="ram_map") from exc
         raise
+
+
+def _ram_of(guest: QemuGuest) -> MappedRam:
+    """That of a guest that was found. Blocking. Raises: HypervisorError `ram_map`, `guest_lost`."""
+    try:
+        if guest.foreign is not None:
+            return guest.foreign.map_ram(guest.plan.layout)
+        return foreign.map_shared(guest.process.pid, machine.RAM_FD, guest.plan.layout)
+    except (OSError, ValueError, HypervisorError) as exc:
+        guest.check_alive()
+        text = f"cannot map the RAM of process {guest.process.pid}: {exc}"
+        raise HypervisorError(text, code="ram_map") from exc
+
+
+def _process_of(pid: int) -> processes.ProcessWatch:
+    """Blocking. Raises: HypervisorError `guest_lost`."""
+    started = kernel.start_ticks_of(pid)
+    watch = None if started is None else processes.find(pid, started)
+    if watch is None:
+        raise HypervisorError(f"there is no process {pid}", code="guest_lost", details={"pid": pid})
+    return watch
 
 
 async def _ask_facts(runtime_dir: Path, settings: QemuSettings, deadline_s: float) -> QemuFacts:
@@ -386,6 +528,8 @@ def _capabilities(facts: QemuFacts, no_tracking: str) -> Capabilities:
 def _pid_of(files: QemuFiles) -> int | None:
     """The QEMU of a directory. Its pid file may not be written yet, and it outlives a QEMU that was killed: the number
     may be somebody else's by now. So every process is looked at, for the argument that names that file. Blocking."""
+    if (known := foreign.load(files)) is not None:
+        return known.pid if kernel.start_ticks_of(known.pid) == known.start_ticks else None
     wanted = os.fsencode(files.pid)
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):

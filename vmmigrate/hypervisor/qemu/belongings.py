@@ -3,11 +3,13 @@ that were typed and not read. Out of them payloads are made, and they are made o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from vmmigrate.devices.payload import DevicePayload
-from vmmigrate.errors import PayloadError
-from vmmigrate.hypervisor.base import GuestPlan
+from vmmigrate.errors import HypervisorError, PayloadError
+from vmmigrate.hypervisor.base import DiskPlan, GuestPlan
 from vmmigrate.hypervisor.qemu import files as consoles
 from vmmigrate.hypervisor.qemu import payloads
 from vmmigrate.hypervisor.qemu.files import QemuFiles
@@ -21,6 +23,11 @@ def blobs_of(plan: GuestPlan) -> dict[str, int]:
         for number, disk in enumerate(plan.disks)
         if disk.backend_kind == "blob" and not disk.readonly
     }
+
+
+def unsaved(plan: GuestPlan) -> list[DiskPlan]:
+    """Disks behind a controller whose state QEMU does not save (hw/nvme/ctrl.c: unmigratable)."""
+    return [disk for disk in plan.disks if disk.model == "nvme"]
 
 
 def collect(plan: GuestPlan, files: QemuFiles, saved: DeviceStream | None) -> tuple[DevicePayload, ...]:
@@ -56,3 +63,21 @@ def take_in(
     for port, waiting in keys.items():
         consoles.type_keys(files.keys(nums[port]), waiting)
     return stream, skipped
+
+
+def note_devices(files: QemuFiles) -> None:
+    """Keep which devices the guest has, from its state as it was saved first. Blocking."""
+    stream = files.state.read_bytes()
+    files.keep_devices(parse_stream(stream), len(stream))
+
+
+def known_devices(files: QemuFiles) -> dict[str, Any]:
+    """Labels of the devices that QEMU saves, and how many bytes that is: they are those of its life. Blocking.
+
+    Raises: HypervisorError `not_migratable`: nobody knows.
+    """
+    try:
+        known: dict[str, Any] = json.loads(files.devices.read_text())
+    except (OSError, ValueError) as exc:
+        raise HypervisorError("what devices it has is not known", code="not_migratable") from exc
+    return known

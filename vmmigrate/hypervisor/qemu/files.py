@@ -78,6 +78,15 @@ class QemuFiles:
         """Which devices the guest has, and how large their state was."""
         return self.directory / "devices"
 
+    @property
+    def foreign(self) -> Path:
+        """Of a QEMU that something else started (`foreign`)."""
+        return self.directory / "foreign"
+
+    def held_keys(self, port: str) -> Path:
+        """Of the pipe `keys`, as QEMU's character device `pipe` takes it: it opens `NAME.in` and `NAME.out`."""
+        return self.directory / port
+
     def keep_state(self, stream: bytes) -> None:
         """Blocking. Whether it is the state of the guest is for the run state of QEMU to say, and for `Remembered`."""
         _replace(self.state, stream)

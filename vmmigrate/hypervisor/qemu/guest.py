@@ -7,7 +7,6 @@ saved, or loaded, lies in a file: QEMU cannot save it twice without having run i
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from typing import Any, Final, TypeVar
 import trio
 
 from vmmigrate.devices.payload import DevicePayload
-from vmmigrate.devices.time import NS_PER_S, Adjustment, TimeData, adjust
+from vmmigrate.devices.time import NS_PER_S, Adjustment, TimeData, adjust, since_boot
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.base import (
     ConsoleHistory,
@@ -30,16 +29,20 @@ from vmmigrate.hypervisor.base import (
     RunState,
     SelfCheck,
 )
+from vmmigrate.hypervisor.dirty import DirtyTracker
 from vmmigrate.hypervisor.processes import ProcessWatch
 from vmmigrate.hypervisor.processguest import ProcessGuest
-from vmmigrate.hypervisor.qemu import belongings, images, payloads, saving, stress, tracker, witness
+from vmmigrate.hypervisor.qemu import belongings, images, machine, payloads, saving, stress, takeover, witness
 from vmmigrate.hypervisor.qemu import files as consoles
 from vmmigrate.hypervisor.qemu.files import QemuFiles
+from vmmigrate.hypervisor.qemu.foreign import Foreign
 from vmmigrate.hypervisor.qemu.machine import STAMP_OBJECT
 from vmmigrate.hypervisor.qemu.pagestream import PageStream
 from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError, text_of
 from vmmigrate.hypervisor.qemu.remembered import Epoch, Remembered, from_text
-from vmmigrate.hypervisor.qemu.stream import DeviceStream, parse_stream
+from vmmigrate.hypervisor.qemu.stream import DeviceStream
+from vmmigrate.hypervisor.qemu.tracker import RamIdentity, foreign_writers
+from vmmigrate.hypervisor.rammap import CopiedRam, MappedRam
 from vmmigrate.memory import GIB, PAGE_SIZE, PageBitmap
 
 T = TypeVar("T")
@@ -57,6 +60,7 @@ class QemuGuest(ProcessGuest):
 
     Attributes:
         pages: QEMU itself, where it has to tell what the guest writes; None where the tracker does.
+        foreign: How QEMU calls its parts, if something else started it.
         no_moving: Why nobody can tell what the guest writes; empty when it can be moved.
     """
 
@@ -67,7 +71,6 @@ class QemuGuest(ProcessGuest):
         process: GuestProcess,
         watch: ProcessWatch,
         files: QemuFiles,
-        ram_identity: tracker.RamIdentity,
         locked: Mapping[int, Path],
         request_deadline_s: float,
     ) -> None:
@@ -75,7 +78,6 @@ class QemuGuest(ProcessGuest):
         self.no_moving = ""
         self.qmp = Qmp(files.monitor)
         self._files = files
-        self.ram_identity = ram_identity
         self._locked = locked
         self._request_deadline_s = request_deadline_s
         self._facts: Mapping[str, str] = {}
@@ -83,11 +85,16 @@ class QemuGuest(ProcessGuest):
         self._booted_ns: int | None = None
         self._saved: DeviceStream | None = None  # what the file `state` holds, once it was written from here
         self.pages: PageStream | None = None
+        self.foreign: Foreign | None = None
         self._acts = trio.Lock()
 
     @property
     def facts(self) -> Mapping[str, str]:
         return self._facts
+
+    def attach_ram(self, ram: MappedRam, tracker: DirtyTracker, *, tracks: bool) -> None:
+        super().attach_ram(ram, tracker, tracks=tracks)
+        self.ram_identity = RamIdentity(*ram.file)
 
     def learn(self, facts: Mapping[str, str]) -> None:
         """What QEMU told of the machine that it made."""
@@ -230,19 +237,29 @@ class QemuGuest(ProcessGuest):
     async def first_pages(self) -> PageBitmap:
         if self.pages is not None and self.pages.is_naming:
             return PageBitmap(self.plan.layout.pages)
-        return await super().first_pages()
+        return await self._at_hand(await super().first_pages())
 
     async def more_pages(self) -> PageBitmap | None:
         if self.pages is None or not self.pages.is_naming:
             return None
-        return await self._tracked(self.pages.more)
+        more = await self._tracked(self.pages.more)
+        return None if more is None else await self._at_hand(more)
+
+    async def take_dirty(self) -> PageBitmap:
+        return await self._at_hand(await super().take_dirty())
+
+    async def _at_hand(self, pages: PageBitmap) -> PageBitmap:
+        """*pages*, when they can be read here."""
+        if self.ram.is_copied:
+            await self._tracked(partial(self.in_thread, self.ram.fetch, pages.runs()))
+        return pages
 
     def page_stream(self) -> PageStream:
         """QEMU, to be asked for what the guest writes."""
         return PageStream(self.ask, self.qmp, self._files.outgoing, self.plan.layout.pages, self._has_stood)
 
     async def _has_stood(self) -> bool:
-        return _stands(await self.recall(), await self._run_state())
+        return (await self.recall()).stands(await self._run_state())
 
     # -- images ----------------------------------------------------------------------------------------------------
 
@@ -277,7 +294,7 @@ class QemuGuest(ProcessGuest):
         failure = None
         try:
             for number in range(len(self.plan.disks)):
-                await images.activate(self.ask, number)
+                await images.activate(self.ask, number, self._node(number))
         except HypervisorError as exc:
             if exc.code != "backend_unavailable":
                 raise
@@ -299,7 +316,7 @@ class QemuGuest(ProcessGuest):
         """
         before = await self.recall()
         with trio.CancelScope(shield=True):
-            stands = _stands(memory, state)
+            stands = memory.stands(state)
             await self._remember(replace(memory, is_open=False, is_deaf=memory.is_deaf or not stands))
             try:
                 if not stands:
@@ -322,7 +339,7 @@ class QemuGuest(ProcessGuest):
             files: dict[str, Any] = {"out": str(self._files.output(port.num)), "append": True}
             if listens:
                 files["in"] = str(self._files.keys(port.num))
-            await self.ask("chardev-change", id=port.num, backend={"type": "file", "data": files})
+            await self.ask("chardev-change", id=self._port(port.num), backend={"type": "file", "data": files})
 
     async def _save_now(self, *, was_running: bool) -> None:
         async def note(stream: DeviceStream) -> None:
@@ -342,16 +359,7 @@ class QemuGuest(ProcessGuest):
         """Guest clocks travel in QEMU's own state; this says how long the guest has been up, and what time it is here.
         Its counter counts nanoseconds since it booted."""
         await self._check_still()
-        monotonic_ns, wall_ns = time.monotonic_ns(), time.time_ns()
-        booted_ns = min((await self.recall()).booted_ns, monotonic_ns)
-        return TimeData(
-            guest_freq=NS_PER_S,
-            guest_tsc=monotonic_ns - booted_ns,
-            hrtime=monotonic_ns,
-            hres_sec=wall_ns // NS_PER_S,
-            hres_ns=wall_ns % NS_PER_S,
-            boot_hrtime=booted_ns,
-        )
+        return since_boot((await self.recall()).booted_ns, time.monotonic_ns(), time.time_ns())
 
     async def import_time(self, time_data: TimeData) -> Adjustment:
         wall_ns = time.time_ns()
@@ -361,15 +369,19 @@ class QemuGuest(ProcessGuest):
 
     async def list_payloads(self) -> tuple[PayloadDescription, ...]:
         unfit = [*self.plan.unmigratable]
-        unfit += [f"{disk.name} (nvme_disk: QEMU cannot save its NVMe controller)" for disk in _unsaved(self.plan)]
+        unfit += [
+            f"{disk.name} (nvme_disk: QEMU cannot save its NVMe controller)" for disk in belongings.unsaved(self.plan)
+        ]
         if self.no_moving:
             unfit.append(f"guest RAM ({self.no_moving})")
-        writers = await self.in_thread(tracker.foreign_writers, self.process.pid, self.ram_identity)
+        writers = []
+        if not self.ram.is_copied:
+            writers = await self.in_thread(foreign_writers, self.process.pid, self.ram_identity)
         unfit += [f"guest RAM (process {pid} may write to it unseen)" for pid in writers]
         if unfit:
             text = f"guest {self.plan.instance_id} cannot be moved: {', '.join(unfit)}"
             raise HypervisorError(text, code="not_migratable", details={"devices": unfit})
-        known = await self._known_devices()
+        known = await self.in_thread(belongings.known_devices, self._files)
         return (
             *payloads.describe_keys([port.name for port in self.plan.serial_ports]),
             *payloads.describe(known["labels"], list(belongings.blobs_of(self.plan))),
@@ -379,13 +391,13 @@ class QemuGuest(ProcessGuest):
         async with self._acts:
             state, memory = await self._run_state(), await self.recall()
             self._check_stopped(state)
-            if not _stands(memory, state):
+            if not memory.stands(state):
                 await self._save(memory, state)
             return await self._with_files(belongings.collect, self.plan, self._files, self._saved)
 
     async def rehearse_export(self, versions: Mapping[str, int]) -> int:
         """Only a guest that stands still can be saved: what it was the last time is the best that can be told."""
-        return int((await self._known_devices())["bytes"])
+        return int((await self.in_thread(belongings.known_devices, self._files))["bytes"])
 
     async def throttle(self, percent: int) -> None:
         if percent:
@@ -446,7 +458,7 @@ class QemuGuest(ProcessGuest):
                 self.check_alive()
                 after = self._vitals()
                 if after is not None and after.checks_done > before.checks_done:
-                    return _verdict(after)
+                    return stress.verdict(after)
         raise HypervisorError(f"no verdict within {deadline_s:g} s", code="guest_unresponsive")
 
     async def heartbeat_gaps(self) -> Mapping[str, Any]:
@@ -460,6 +472,8 @@ class QemuGuest(ProcessGuest):
         run = None if gpa is None else self.plan.layout.locate(gpa, 1)
         if run is None:
             return None
+        if isinstance(self.ram, CopiedRam):
+            return stress.read_vitals(self.ram.page_now(run.first_page))
         start = run.first_page * PAGE_SIZE
         return stress.read_vitals(self.ram.view[start : start + PAGE_SIZE])
 
@@ -491,6 +505,14 @@ class QemuGuest(ProcessGuest):
             text = f"guest {self.plan.instance_id}: {exc.filename or self._files.directory}: {exc.strerror}"
             raise HypervisorError(text, code="guest_files") from exc
 
+    def _node(self, number: int) -> str:
+        """What QEMU calls the image of a disk."""
+        return machine.node_of(number) if self.foreign is None else self.foreign.nodes[number]
+
+    def _port(self, num: str) -> str:
+        """What QEMU calls the character device of a serial port."""
+        return num if self.foreign is None else self.foreign.ports[num]
+
     async def _run_state(self) -> str:
         return text_of(await self.ask("query-status"), "status")
 
@@ -500,15 +522,6 @@ class QemuGuest(ProcessGuest):
     def _check_stopped(self, state: str) -> None:
         if state == "running":
             raise HypervisorError(f"guest {self.plan.instance_id} is running", code="guest_running")
-
-    async def _known_devices(self) -> dict[str, Any]:
-        """Labels of the devices that QEMU saves, and how many bytes that is: they are those of its life."""
-        try:
-            known: dict[str, Any] = json.loads(await self.in_thread(self._files.devices.read_text))
-        except (OSError, ValueError) as exc:
-            text = f"guest {self.plan.instance_id}: what devices it has is not known"
-            raise HypervisorError(text, code="not_migratable") from exc
-        return known
 
     def _num(self, port: str) -> str:
         for known in self.plan.serial_ports:
@@ -550,11 +563,28 @@ class QemuGuest(ProcessGuest):
             await self._remember(replace(memory, is_open=True))
         else:
             await self._save(memory, "prelaunch")
-            await self.in_thread(self._note_devices)
+            await self.in_thread(belongings.note_devices, self._files)
 
-    def _note_devices(self) -> None:
-        stream = self._files.state.read_bytes()
-        self._files.keep_devices(parse_stream(stream), len(stream))
+    async def take_over(self, memory: Remembered) -> None:
+        """Complete a guest of a QEMU that something else started. Raises: HypervisorError: `give_back` undoes it."""
+        await takeover.take(self.ask, self.plan, self._files, memory)
+        self._memory = memory
+        await self._listen(True)
+
+    async def is_in_a_journal(self) -> bool:
+        """Whether the process was told of a record. If not, it is as good as never taken over."""
+        try:
+            return bool((await self.recall()).last_record)
+        except QmpError:  # it remembers nothing at all
+            return False
+
+    async def give_back(self) -> None:
+        """Let a QEMU that something else started be, as if it had never been taken over; but its consoles stay ours."""
+        with trio.CancelScope(shield=True):
+            ports = [port.num for port in self.plan.serial_ports]
+            await takeover.give_back(self.ask, ports)
+            self.detach()
+            await trio.to_thread.run_sync(self._files.remove)
 
     def hang_up(self) -> None:
         self.qmp.close()
@@ -564,28 +594,3 @@ class QemuGuest(ProcessGuest):
 
     def last_words(self) -> str:
         return self._files.last_words()
-
-
-def _unsaved(plan: GuestPlan) -> list[Any]:
-    """Disks behind a controller whose state QEMU does not save (hw/nvme/ctrl.c: unmigratable)."""
-    return [disk for disk in plan.disks if disk.model == "nvme"]
-
-
-def _stands(memory: Remembered, run_state: str) -> bool:
-    """Whether the guest has not run since its state was saved, or loaded."""
-    return run_state == "postmigrate" or memory.has_loaded
-
-
-def can_be_saved(plan: GuestPlan) -> bool:
-    return not _unsaved(plan)
-
-
-def _verdict(vitals: stress.Vitals) -> SelfCheck:
-    reasons = []
-    if vitals.bad_pages:
-        reasons.append(f"{vitals.bad_pages} pages are not as they were written")
-    if vitals.mismatches:
-        reasons.append(f"{vitals.mismatches} pages were stale when they were written again")
-    if vitals.disk_failures:
-        reasons.append(f"{vitals.disk_failures} disk requests failed, or read something else than was written")
-    return SelfCheck(not reasons, vitals.filled_pages, vitals.first_bad_page, "; ".join(reasons))

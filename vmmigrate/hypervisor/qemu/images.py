@@ -38,13 +38,16 @@ async def prepare(ask: Ask, files: QemuFiles) -> None:
     await ask("nbd-server-start", addr={"type": "unix", "data": {"path": str(files.exports)}})
 
 
-async def activate(ask: Ask, number: int) -> None:
+async def activate(ask: Ask, number: int, node: str) -> None:
     """Make the image of disk *number* active, if it is not. Whether it worked is for `not_held` to say.
+
+    Args:
+        node: What QEMU calls it.
 
     Raises: HypervisorError `backend_unavailable`.
     """
     try:
-        await ask("block-export-add", type="nbd", id=_EXPORT, node_name=f"disk{number}")
+        await ask("block-export-add", type="nbd", id=_EXPORT, node_name=node)
         await ask("block-export-del", id=_EXPORT, mode="hard")
     except QmpError as exc:
         raise HypervisorError(f"disk {number} cannot be opened: {exc.text}", code="backend_unavailable") from exc

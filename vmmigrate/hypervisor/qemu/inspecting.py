@@ -32,6 +32,15 @@ async def abilities(ask: Ask, *, has_sandbox: bool) -> QemuFacts:
     return read_facts(answers, has_sandbox=has_sandbox)
 
 
+async def version(ask: Ask) -> str:
+    """Of the very QEMU that is asked: another one may be installed by now. Raises: HypervisorError `qemu_protocol`."""
+    told = await ask("query-version")
+    try:
+        return "{major:d}.{minor:d}.{micro:d}".format(**told["qemu"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise HypervisorError(f"QEMU's answers are none: {exc!r}", code="qemu_protocol") from exc
+
+
 async def guest_facts(ask: Ask, plan: GuestPlan, version: str) -> dict[str, str]:
     """What `devices.opaque` calls the facts of a guest: machine, processor, RAM blocks and devices, as QEMU made them.
 

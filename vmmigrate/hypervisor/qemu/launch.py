@@ -59,7 +59,7 @@ def launch(
     files = QemuFiles(runtime_dir / secrets.token_hex(processes.TOKEN_BYTES), witness_dir)
     try:
         files.directory.mkdir(mode=0o700)
-        _make_files(plan, files)
+        make_files(plan, files)
         witness.note_guest(files, stamp.instance_id, stamp.host_id)
         ram_fd = os.memfd_create("vmmigrate-ram", os.MFD_CLOEXEC)
         try:
@@ -79,7 +79,7 @@ def launch(
     return Launched(watch, files, ram_fd)
 
 
-def _make_files(plan: GuestPlan, files: QemuFiles) -> None:
+def make_files(plan: GuestPlan, files: QemuFiles) -> None:
     """Consoles, and the disks that are blobs."""
     for port in plan.serial_ports:
         os.close(os.open(files.output(port.num), _CREATED, 0o600))

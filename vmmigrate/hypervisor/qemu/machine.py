@@ -228,11 +228,17 @@ def _identity(plan: GuestPlan) -> Iterator[str]:
     """SMBIOS type 1, and its UUID when the instance's id is one."""
     with contextlib.suppress(ValueError):
         yield from ("-uuid", str(uuid.UUID(plan.instance_id)))
+    for table in smbios_tables(plan):
+        yield from ("-smbios", table)
+
+
+def smbios_tables(plan: GuestPlan) -> Iterator[str]:
+    """What `-smbios` is given."""
     smbios = plan.board.smbios
     if smbios is not None:
         words = {"manufacturer": "manufacturer", "product_name": "product", "serial_number": "serial"}
         spelled = [f"{word}={_escaped(smbios[name])}" for name, word in words.items()]
-        yield from ("-smbios", ",".join(["type=1", *spelled, f"version={_escaped(smbios['version'])}"]))
+        yield ",".join(["type=1", *spelled, f"version={_escaped(smbios['version'])}"])
 
 
 def _serial_ports(plan: GuestPlan) -> Iterator[str]:
@@ -243,15 +249,20 @@ def _serial_ports(plan: GuestPlan) -> Iterator[str]:
 
 
 def _disk(number: int, disk: DiskPlan, plan: GuestPlan, settings: QemuSettings, files: QemuFiles) -> Iterator[str]:
-    node = {"driver": "raw", "node-name": f"disk{number}", "read-only": disk.readonly}
+    node = {"driver": "raw", "node-name": node_of(number), "read-only": disk.readonly}
     yield from ("-blockdev", json.dumps({**node, "file": _protocol(number, disk, settings, files)}))
-    fields = {"drive": f"disk{number}", "id": f"dev{number}", **_place(disk, plan)}
+    fields = {"drive": node_of(number), "id": f"dev{number}", **_place(disk, plan)}
     if disk.name in plan.board.boot_order:
         fields["bootindex"] = str(plan.board.boot_order.index(disk.name) + 1)
     driver = "virtio-blk-pci"
     if disk.model == "nvme":
         driver, fields["serial"] = "nvme", _escaped(disk.serial)
     yield from ("-device", ",".join([driver, *(f"{key}={value}" for key, value in fields.items())]))
+
+
+def node_of(number: int) -> str:
+    """What QEMU calls the image of a disk."""
+    return f"disk{number}"
 
 
 def _protocol(number: int, disk: DiskPlan, settings: QemuSettings, files: QemuFiles) -> dict[str, Any]:
@@ -268,6 +279,16 @@ def _protocol(number: int, disk: DiskPlan, settings: QemuSettings, files: QemuFi
     if "file" in plain:
         return {"driver": "file", "filename": plain["file"], "locking": "on", **access}
     return {"driver": plain["url"].partition(":")[0], "url": plain["url"], **access}
+
+
+def location(disk: DiskPlan, settings: QemuSettings) -> str:
+    """Where the image of a disk that is no blob lies: a path, or an address as QEMU spells it."""
+    if disk.backend_kind == "file":
+        return str(disk.backend["path"])
+    endpoint = settings.regions.get(disk.backend["volume_id"])
+    if endpoint is not None:
+        return endpoint
+    return str(disk.backend["plain"].get("file") or disk.backend["plain"]["url"])
 
 
 def locked_files(plan: GuestPlan, settings: QemuSettings, files: QemuFiles) -> dict[int, Path]:
@@ -307,6 +328,8 @@ def nbd_node(address: str) -> dict[str, Any]:
 
 def _nic(number: int, nic: NicPlan, settings: QemuSettings, plan: GuestPlan) -> Iterator[str]:
     netdev = f"user,id=net{number}"
+    if settings.network == "none":
+        netdev = f"hubport,id=net{number},hubid={number}"
     if settings.network == "tap":
         netdev = f"tap,id=net{number},ifname={_escaped(nic.vnic_name)},script=no,downscript=no,vhost=off"
     yield from ("-netdev", netdev)

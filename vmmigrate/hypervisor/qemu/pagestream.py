@@ -281,16 +281,16 @@ class PageStream:
             raise HypervisorError(f"QEMU has broken its migration off: {exc}", code="dirty_tracking") from exc
 
 
-def loses_writes(version: tuple[int, int, int], ram_bytes: int) -> str:
-    """Why a QEMU of that *version* that interprets its guest (TCG) must not be asked; empty when it may be.
+def loses_writes(version: str, ram_bytes: int) -> str:
+    """Why a QEMU of that *version* (7.2.22) that interprets its guest (TCG) must not be asked; empty when it may be.
 
     Source: QEMU, include/exec/ram_addr.h, cpu_physical_memory_sync_dirty_bitmap: where RAM is whole words of its bitmap
     it takes a shorter way, which before 9.0 lets virtual processors go on writing unseen.
     """
-    if version >= _SEES_ALL_WRITES or ram_bytes % _WORD_OF_BITMAP_BYTES:
+    if tuple(map(int, version.split("."))) >= _SEES_ALL_WRITES or ram_bytes % _WORD_OF_BITMAP_BYTES:
         return ""
     return (
-        f"QEMU {'.'.join(map(str, version))} interprets it (TCG) and has no tracker: before QEMU 9.0 such a guest loses"
+        f"QEMU {version} interprets it (TCG) and has no tracker: before QEMU 9.0 such a guest loses"
         f" writes when its RAM is a multiple of {_WORD_OF_BITMAP_BYTES >> 10} KiB, as {ram_bytes} bytes are; allowed is"
         " another size, another QEMU, KVM, or trust_tcg_stream = true in the host's [qemu]"
     )

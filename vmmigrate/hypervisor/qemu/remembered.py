@@ -49,6 +49,10 @@ class Remembered:
     def to_text(self) -> str:
         return json.dumps(asdict(self))
 
+    def stands(self, run_state: str) -> bool:
+        """Whether the guest has not run since its state was saved, or loaded."""
+        return run_state == "postmigrate" or self.has_loaded
+
     def claimed(self, epoch: Epoch) -> Remembered:
         """With *epoch* seen. Raises: HypervisorError `stale_epoch`."""
         if epoch < self.seen:

@@ -20,9 +20,11 @@ class QemuSettings:
         accelerator: "tcg" or "kvm".
         cpu_model: Of guests whose spec says nothing about CPUID.
         network: "tap": a NIC is the tap interface of the host that has its backend's name; "user": QEMU's own network
-            behind an address translation, for tests and demonstrations.
+            behind an address translation, for tests and demonstrations; "none": nothing, of a machine that is only made
+            to be looked at.
         regions: NBD addresses by the id of the Crucible volume that is served there.
         kernels: Directories in which kernels and initial RAM disks of guests may lie, links resolved.
+        monitors: Directories in which the monitors of QEMUs that may be adopted lie, links resolved.
         use_tracker: False: guests are started without it, and move by QEMU's own stream.
         trust_tcg_stream: Also where QEMU is known to lose writes (`pagestream.loses_writes`).
     """
@@ -33,6 +35,7 @@ class QemuSettings:
     network: str = "tap"
     regions: Mapping[str, str] = field(default_factory=dict)
     kernels: Sequence[Path] = ()
+    monitors: Sequence[Path] = ()
     use_tracker: bool = True
     trust_tcg_stream: bool = False
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from vmmigrate.errors import HypervisorError
+from vmmigrate.hypervisor.base import SelfCheck
 
 VITALS_GPA: Final = 0x3FF000
 FIRST_FILLED_GPA: Final = 4 << 20
@@ -92,6 +93,18 @@ def read_vitals(page: memoryview | bytes) -> Vitals | None:
     if magic != _MAGIC:
         return None
     return Vitals(beats, started, done, bad, None if first_bad == _NO_PAGE else first_bad, *others)
+
+
+def verdict(vitals: Vitals) -> SelfCheck:
+    """What the guest says of itself."""
+    reasons = []
+    if vitals.bad_pages:
+        reasons.append(f"{vitals.bad_pages} pages are not as they were written")
+    if vitals.mismatches:
+        reasons.append(f"{vitals.mismatches} pages were stale when they were written again")
+    if vitals.disk_failures:
+        reasons.append(f"{vitals.disk_failures} disk requests failed, or read something else than was written")
+    return SelfCheck(not reasons, vitals.filled_pages, vitals.first_bad_page, "; ".join(reasons))
 
 
 def stress_append(*, mem_mib: int, ws_mib: int, rate: int, zero_percent: int = 0, disk: bool = False) -> str:

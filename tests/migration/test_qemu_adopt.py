@@ -1,0 +1,361 @@
+"""A guest in a QEMU that something else started becomes an instance, as it is, and moves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.hypervisor.qemu_hosts import QemuHosts, requires_qemu, short_directory
+from tests.hypervisor.test_qemu_guest import first_line, started
+from tests.migration.adopter_under_test import STEPS
+from tests.migration.fleet import RunningHost, check, migrate, open_fleet, wait_heartbeats, witnesses
+from tests.migration.foreign_qemu import MEMORY, RAM_BYTES, ForeignQemu, open_foreign
+from tests.migration.qemu_fleet import VNIC, start
+from vmmigrate.errors import HypervisorError, VmMigrateError
+from vmmigrate.hypervisor.base import RunState
+from vmmigrate.memory import MIB
+
+pytestmark = [*requires_qemu, pytest.mark.slow]
+
+root = pytest.fixture(short_directory)
+
+
+@pytest.mark.parametrize("memory", list(MEMORY))
+async def test_a_guest_that_was_adopted_runs_on_and_moves_whole(root: Path, memory: str) -> None:
+    """Its RAM may be its own (an ordinary `-m`), or a file that is shared."""
+    async with open_fleet(root, "alpha", "beta") as fleet, open_foreign(root, memory) as foreign:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+
+        told = await foreign.adopt(alpha)
+
+        instance = told["id"]
+        assert (instance, told["state"]) == (foreign.uuid, "running")
+        await wait_heartbeats(alpha, instance)
+        assert (await check(alpha, instance))["consistent"]
+
+        record = await migrate(alpha, beta, instance, replacements=VNIC, verify="full")
+
+        assert record["outcome"] == "moved", record["error"]
+        assert record["negotiated"]["page_source"] == "stream"
+        assert record["digest"]["source"] == record["digest"]["destination"] != ""
+        await wait_heartbeats(beta, instance, 300)
+        verdict = await check(beta, instance)
+        assert verdict["consistent"], verdict
+        owners = witnesses(fleet, instance)
+        assert owners.single, owners.problems
+        assert owners.hosts == ("alpha", "beta")
+        assert foreign.has_ended()
+
+
+async def test_ram_that_is_qemus_own_takes_no_second_copy_of_itself_in_the_daemon(root: Path) -> None:
+    async with open_fleet(root, "alpha", "beta") as fleet, open_foreign(root) as foreign:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        instance = (await foreign.adopt(alpha))["id"]
+        ram = alpha.guest(instance).ram
+
+        record = await migrate(alpha, beta, instance, replacements=VNIC)
+
+        assert record["outcome"] == "moved", record["error"]
+        assert ram.is_copied
+        assert record["integrity"] == {
+            "rehash": "not_done",
+            "reason": "guest RAM was its process's own, and ended with it",
+        }
+
+
+async def test_a_restarted_daemon_finds_a_guest_that_it_adopted_and_moves_it(root: Path) -> None:
+    async with open_fleet(root, "alpha", "beta") as fleet, open_foreign(root) as foreign:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        instance = (await foreign.adopt(alpha))["id"]
+        await alpha.stop()
+
+        alpha = await start(fleet, "alpha")
+
+        assert (await alpha.instance(instance))["state"] == "running"
+        await wait_heartbeats(alpha, instance)
+        record = await migrate(alpha, beta, instance, replacements=VNIC)
+        assert record["outcome"] == "moved", record["error"]
+        await wait_heartbeats(beta, instance, 100)
+        assert (await check(beta, instance))["consistent"]
+
+
+async def test_a_paused_guest_is_adopted_paused_and_arrives_paused(root: Path) -> None:
+    async with open_fleet(root, "alpha", "beta") as fleet, open_foreign(root) as foreign:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        await foreign.ask("stop")
+
+        instance = (await foreign.adopt(alpha))["id"]
+
+        assert (await alpha.instance(instance))["state"] == "paused"
+        record = await migrate(alpha, beta, instance, replacements=VNIC)
+        assert record["outcome"] == "moved", record["error"]
+        assert (await beta.guest(instance).status()).run_state is RunState.PAUSED
+        await beta.client.post(f"/v1/instances/{instance}:start")
+        await wait_heartbeats(beta, instance, 100)
+        assert (await check(beta, instance))["consistent"]
+
+
+async def test_what_its_owner_chose_for_qemus_own_migrations_does_not_count_any_more(root: Path) -> None:
+    async with open_fleet(root, "alpha", "beta") as fleet, open_foreign(root) as foreign:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        on = [{"capability": name, "state": True} for name in ("multifd", "auto-converge", "xbzrle")]
+        await foreign.ask("migrate-set-capabilities", capabilities=on)
+
+        instance = (await foreign.adopt(alpha))["id"]
+
+        record = await migrate(alpha, beta, instance, replacements=VNIC)
+        assert record["outcome"] == "moved", record["error"]
+        await wait_heartbeats(beta, instance, 100)
+        assert (await check(beta, instance))["consistent"]
+
+
+async def test_a_guest_whose_qemu_has_no_uuid_is_given_a_name_of_its_own(root: Path) -> None:
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root, replaced={"-uuid": []}) as foreign:
+        alpha = await start(fleet, "alpha")
+        assert (await foreign.adopt(alpha))["id"].startswith("adopted-")
+
+
+def blockdev(root: Path, name: str = "disk.img", **fields: Any) -> str:
+    image = {"driver": "file", "filename": str(root / name), "locking": "on"}
+    return json.dumps({"driver": "raw", "node-name": "root", "file": image, **fields})
+
+
+NIC = "virtio-net-pci,netdev=lan,addr=8,romfile=,mac=02:00:00:00:00:01"
+DISK = "virtio-blk-pci,drive=root,addr=4"
+# What somebody started it with instead, by option, and a piece of how that is refused.
+DIFFERENT: Mapping[str, tuple[Mapping[str, list[str]], str]] = {
+    "chipset": (
+        {"-machine": ["pc-q35-7.2"]},
+        "machine_type pc-q35-7.2 is not among those of this QEMU",
+    ),
+    "processors": (
+        {"-smp": ["1,sockets=1"]},
+        "processors: 1 cpus, 1 maxcpus, 1 sockets, 1 dies, 1 cores, 1 threads, in the machine of the spec 2 cpus,",
+    ),
+    "topology": ({"-smp": ["2,sockets=1,cores=2"]}, "1 sockets, 1 dies, 2 cores"),
+    "features": ({"-cpu": ["qemu64,+avx"]}, "features of the processor: "),
+    "memory": ({"-m": ["48M"]}, f"memory: 50331648 bytes, in the machine of the spec {RAM_BYTES} bytes"),
+    "firmware tables": (
+        {"-machine": ["pc-i440fx-7.2,hpet=off"]},
+        "machine, hpet: false, in the machine of",
+    ),
+    "kernel": ({"-append": ["mem=8"]}, 'machine, append: "mem=8", in the machine of the spec "mem=56'),
+    "smbios": (
+        {"-smbios": ["type=1,product=x"]},
+        "it was started with -smbios type=1,product=x, the spec",
+    ),
+    "ports": ({"-serial": []}, "isa-serial at port 0x3f8: missing"),
+    "another device": (
+        {"-device": [DISK, NIC, "virtio-rng-pci"]},
+        "virtio-rng-pci at 0.2.0: there is none in",
+    ),
+    "mac": ({"-device": [DISK, NIC]}, 'virtio-net-pci at 0.8.0, mac: "02:00:00:00:00:01", in the machine of the spec'),
+    "place": ({"-device": ["virtio-blk-pci,drive=root,addr=5", NIC]}, "virtio-blk-pci at 0.4.0: missing"),
+    "queues": ({"-device": [f"{DISK},num-queues=4", NIC]}, "virtio-blk-pci at 0.4.0, num-queues: 4, in the machine of"),
+    "network": ({"-netdev": ["hubport,id=lan,hubid=0"]}, "nic0: behind it is "),
+    "monitor of the port": ({"-serial": ["mon:null"]}, "com1: com1 shares its character device with a monitor"),
+}
+
+
+@pytest.mark.parametrize("difference", list(DIFFERENT))
+async def test_a_machine_that_is_not_that_of_the_spec_is_refused_by_name_and_runs_on(
+    root: Path, difference: str
+) -> None:
+    replaced, told = DIFFERENT[difference]
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root, replaced=replaced, beats=False) as foreign:
+        alpha = await start(fleet, "alpha")
+
+        with pytest.raises(VmMigrateError) as refused:
+            await foreign.adopt(alpha)
+
+        assert refused.value.code == "not_that_machine", refused.value.text
+        assert told in refused.value.text
+        await is_not_ours(alpha, foreign)
+
+
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [
+        ({"name": "other.img"}, "disk0: its image is "),
+        ({"read-only": True}, "disk0: it is read-only"),
+        ({"offset": 4096}, "disk0: its image is json:"),
+    ],
+    ids=["another file", "read-only", "a part of the file"],
+)
+async def test_a_disk_that_is_not_that_of_the_spec_is_refused(root: Path, image: dict[str, Any], told: str) -> None:
+    (root / "other.img").write_bytes(bytes(16 * MIB))
+    replaced = {"-blockdev": [blockdev(root, **image)]}
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root, replaced=replaced, beats=False) as foreign:
+        alpha = await start(fleet, "alpha")
+
+        with pytest.raises(VmMigrateError) as refused:
+            await foreign.adopt(alpha)
+
+        assert refused.value.code == "not_that_machine"
+        assert told in refused.value.text
+        await is_not_ours(alpha, foreign)
+
+
+async def test_a_file_that_qemu_did_not_lock_is_refused(root: Path) -> None:
+    """Without the lock nobody would notice when two QEMUs write to it."""
+    image = {"driver": "file", "filename": str(root / "disk.img"), "locking": "off"}
+    replaced = {"-blockdev": [json.dumps({"driver": "raw", "node-name": "root", "file": image})]}
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root, replaced=replaced) as foreign:
+        alpha = await start(fleet, "alpha")
+
+        with pytest.raises(VmMigrateError, match="disk0: QEMU holds no lock of ") as refused:
+            await foreign.adopt(alpha)
+
+        assert refused.value.code == "not_that_machine"
+        await is_not_ours(alpha, foreign)
+
+
+async def test_memory_under_another_name_is_refused(root: Path) -> None:
+    """Whoever loads the guest's state finds blocks of memory by their names."""
+    memory = ("-object", f"memory-backend-memfd,id=ram0,size={RAM_BYTES},share=on")
+    replaced = {"-machine": ["pc-i440fx-7.2,memory-backend=ram0"]}
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root, replaced=replaced, more=memory) as foreign:
+        alpha = await start(fleet, "alpha")
+
+        with pytest.raises(VmMigrateError, match="guest RAM is the memory backend 'ram0', allowed is"):
+            await foreign.adopt(alpha)
+
+        await is_not_ours(alpha, foreign)
+
+
+async def test_another_guest_than_the_one_that_was_named_is_refused(root: Path) -> None:
+    other = "6f5e0c1a-9b7d-4e2f-8a3c-00000000000a"
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root) as foreign:
+        alpha = await start(fleet, "alpha")
+
+        with pytest.raises(VmMigrateError, match=f"its UUID is {foreign.uuid}, that of instance {other} is {other}"):
+            await foreign.adopt(alpha, id=other)
+
+        with pytest.raises(VmMigrateError, match="has no guest RAM of"):
+            await foreign.adopt(alpha, pid=os.getpid())
+        await is_not_ours(alpha, foreign)
+
+
+async def is_not_ours(host: RunningHost, foreign: ForeignQemu) -> None:
+    """Nothing is left of the attempt: no instance, no process, no file; and the guest runs."""
+    assert await host.client.get("/v1/instances") == []
+    assert list(host.config.directories.runtime.glob("*/qmp")) == []
+    await foreign.is_untouched()
+
+
+async def test_a_guest_is_adopted_once(root: Path) -> None:
+    async with open_fleet(root, "alpha", "beta") as fleet, open_foreign(root) as foreign:
+        alpha, beta = (
+            await start(fleet, "alpha", limits="guest_request_s = 1"),
+            await start(fleet, "beta", limits="guest_request_s = 1"),
+        )
+        instance = (await foreign.adopt(alpha))["id"]
+
+        with pytest.raises(VmMigrateError, match="no answer; somebody else may be connected to it") as refused:
+            await foreign.adopt(beta, id=instance)
+
+        assert refused.value.code == "monitor_busy"
+        await wait_heartbeats(alpha, instance)
+
+
+async def test_a_monitor_that_is_none_is_told(root: Path) -> None:
+    (root / "file").touch()
+    async with open_fleet(root, "alpha") as fleet:
+        alpha, foreign = await start(fleet, "alpha"), ForeignQemu(root)
+        for path, code in (("/nowhere/qmp", "host_refuses"), (root / "none", "monitor"), (root / "file", "monitor")):
+            with pytest.raises(VmMigrateError) as refused:
+                await foreign.adopt(alpha, monitor=str(path), id=foreign.uuid)
+            assert (refused.value.code, str(path) in refused.value.text) == (code, True)
+        assert await alpha.client.get("/v1/instances") == []
+
+
+async def test_only_qemu_guests_can_be_adopted(root: Path) -> None:
+    async with open_fleet(root, "alpha") as fleet:
+        alpha, foreign = (
+            await fleet.start("alpha", allow=f'paths = ["{root}"]'),
+            ForeignQemu(root),
+        )
+
+        with pytest.raises(VmMigrateError, match='only a host with hypervisor = "qemu"') as refused:
+            await foreign.adopt(alpha, program={"name": "idle"})
+
+        assert refused.value.code == "not_supported"
+        assert await alpha.client.get("/v1/instances") == []
+
+
+async def test_a_journal_that_does_not_take_it_leaves_the_guest_to_whoever_started_it(root: Path) -> None:
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root) as foreign:
+        alpha = await start(fleet, "alpha")
+        guests = []
+
+        async def refuses(journal_id: str, number: int) -> None:
+            raise HypervisorError("it does not hear", code="guest_unresponsive")
+
+        adopting = alpha.hypervisor.adopt_foreign
+
+        async def adopt_foreign(*arguments: Any) -> Any:
+            guest = await adopting(*arguments)
+            guest.note_record = refuses  # type: ignore[method-assign]
+            guests.append(guest)
+            return guest
+
+        alpha.hypervisor.adopt_foreign = adopt_foreign  # type: ignore[method-assign]
+
+        with pytest.raises(VmMigrateError, match="it does not hear"):
+            await foreign.adopt(alpha)
+
+        assert len(guests) == 1
+        assert await alpha.client.get("/v1/instances") == []
+        assert (await foreign.ask("query-status"))["status"] == "running"
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_daemon_that_dies_while_it_adopts_leaves_a_guest_that_can_be_adopted(root: Path, step: str) -> None:
+    """Its journal knows of nothing, so the next daemon gives it back."""
+    async with open_foreign(root) as foreign:
+        arguments = [str(root), foreign.uuid, foreign.program["kernel"], str(foreign.process.pid), step]
+        daemon = started([sys.executable, "-m", "tests.migration.adopter_under_test", *arguments])
+        try:
+            assert await first_line(daemon) == b"there\n"
+        finally:
+            daemon.kill()
+            await trio.to_thread.run_sync(daemon.communicate)
+
+        hypervisor = await QemuHosts(root).open(settings={"monitors": [root]})
+
+        assert await hypervisor.find_others(set()) == []
+        assert list(hypervisor.runtime_dir.glob("*/qmp")) == []
+        assert (await foreign.ask("query-status"))["status"] == "running"
+        objects = [entry["name"] for entry in await foreign.ask("qom-list", path="/objects")]
+        assert "vmmigrate" not in objects
+
+
+async def test_the_command_adopts_and_tells_what_differs(root: Path) -> None:
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root) as foreign:
+        alpha = await start(fleet, "alpha")
+        (root / "spec.json").write_text(json.dumps(foreign.spec))
+
+        async def adopt(*more: str) -> subprocess.CompletedProcess[bytes]:
+            command = ["vm", "adopt", "--qmp", str(foreign.monitor), "--spec", str(root / "spec.json"), *more]
+            tls = ["--ca", fleet.operator.ca, "--cert", fleet.operator.certificate, "--key", fleet.operator.key]
+            words = [*command, "--program", json.dumps(foreign.program), "--url", alpha.url, *map(str, tls)]
+            return await trio.run_process(
+                [sys.executable, "-m", "vmmigrate", *words], capture_stdout=True, capture_stderr=True, check=False
+            )
+
+        refused = await adopt()
+        assert refused.returncode == 3, refused.stderr
+        assert b"memory: 67100672 bytes, in the machine of the spec 67108864 bytes" in refused.stderr
+
+        adopted = await adopt("--ram-bytes", str(RAM_BYTES), "-o", "json")
+        assert adopted.returncode == 0, adopted.stderr
+        assert json.loads(adopted.stdout)["id"] == foreign.uuid
+        await wait_heartbeats(alpha, foreign.uuid)

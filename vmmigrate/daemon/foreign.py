@@ -1,0 +1,58 @@
+"""Guests that something else started, made instances of this host."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from vmmigrate.api.models import AdoptInstance
+from vmmigrate.daemon.host import Host
+from vmmigrate.hypervisor.base import GuestStamp
+from vmmigrate.ownership import rules
+from vmmigrate.ownership.requests import Request
+from vmmigrate.spec import chain
+
+log = structlog.get_logger(__name__)
+
+
+async def adopt(host: Host, request: AdoptInstance, spec: chain.AnySpec) -> dict[str, Any]:
+    """Make an instance of a guest that runs already; it goes on as it is.
+
+    Raises: SpecError: also `not_that_machine`, with all that differs; UsageError, RequestError, HypervisorError; then
+        nothing was made, and the guest runs on.
+    """
+    monitor = Path(request.monitor)
+    if not request.id:
+        known = await host.hypervisor.identity_of(monitor)
+        request = request.model_copy(update={"id": known or f"adopted-{secrets.token_hex(6)}"})
+    await host.register(request, spec, {})
+    try:
+        await _take_over(host, request.id, monitor, request.pid)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await host.delete(request.id)
+        raise
+    log.info("instance.adopted", instance=request.id, pid=host.guest(request.id).process.pid)
+    return await host.describe(request.id)
+
+
+async def _take_over(host: Host, instance_id: str, monitor: Path, pid: int | None) -> None:
+    """Until the journal knows of it, a daemon that dies leaves a guest that was never adopted."""
+    async with host.asked(instance_id, Request.START) as instance:
+        plan = host.check(instance.document, 0)
+        stamp = GuestStamp(instance_id, host.identity.name, host.journal.state.instances[instance_id].epoch, None)
+        guest = await host.hypervisor.adopt_foreign(plan, stamp, monitor, pid)
+        try:
+            await host.note_process(instance_id, None, guest)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                try:
+                    await host.journal.commit(rules.Stop(instance_id))
+                finally:
+                    await host.hypervisor.give_back(guest)
+            raise
+        host.watch(instance, guest)
