@@ -55,7 +55,7 @@ async def test_a_guest_that_was_adopted_runs_on_and_moves_whole(root: Path, memo
         assert foreign.has_ended()
 
 
-async def test_ram_that_is_qemus_own_takes_no_second_copy_of_itself_in_the_daemon(root: Path) -> None:
+async def test_ram_that_was_qemus_own_is_not_hashed_once_more_and_the_record_says_why(root: Path) -> None:
     async with open_fleet(root, "alpha", "beta") as fleet, open_foreign(root) as foreign:
         alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
         instance = (await foreign.adopt(alpha))["id"]
