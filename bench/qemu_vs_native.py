@@ -1,19 +1,23 @@
 """The same guest in QEMU, moved by QEMU's own migration and by ours: how long it takes, how long the guest is silent.
 
-    python bench/qemu_vs_native.py [--json] [--mib N] [--reps N] [--workloads idle,dirty] [--downtime-ms N]
-    python bench/qemu_vs_native.py --modes native_tls,tracker_sealed_2 --reps 9
+    python bench/qemu_vs_native.py [--json] [--mib N] [--reps N] [--workloads idle,dirty,heavy] [--downtime-ms 300,50]
+    python bench/qemu_vs_native.py --modes native_tls,tracker_sealed_2,stream_sealed_2 --reps 9
     python bench/qemu_vs_native.py --aligned --populated --json | jq .ratios
 
-Guests of the same machine and with the same work: one that QEMU's own migration moves, and one for each transport of
-ours. The modes take turns, and guests whose turn it is not are stopped. A guest has filled its RAM with what nothing
-compresses, sends a letter each millisecond, and writes to 10 pages of 128 MiB (a quarter of RAM, when that is less)
-each millisecond, or to none. QEMU's migration goes from one QEMU to another over loopback. Ours goes between two
-daemons in processes of their own, told over their API.
+Guests of the same machine and with the same work: one that QEMU's own migration moves, and one for each page source and
+transport of ours. The modes take turns, and guests whose turn it is not are stopped. A guest has filled its RAM with
+what nothing compresses, sends a letter each millisecond, and writes to 10 pages of 128 MiB (a quarter of RAM, when that
+is less) each millisecond (dirty), to 30 (heavy), or to none (idle). QEMU's migration goes from one QEMU to another over
+loopback. Ours goes between two daemons in processes of their own, told over their API.
 
 native      QEMU's migration: one TCP connection, no limit of bandwidth, everything else as it is by default
 native_tls  the same with TLS and certificates on both sides
+native_multifd2, native_tls_multifd2
+            the same with that many channels
 tracker_sealed_1, tracker_sealed_2, tracker_tls_1, tracker_tls_2
             ours, over that bulk transport with so many streams; everything else as it is by default
+stream_sealed_1, stream_sealed_2, stream_tls_1, stream_tls_2
+            the same where QEMU itself has to tell what is written (no tracker in it)
 
 Shown, medians:
 
@@ -42,11 +46,11 @@ How it could mislead. RAM of both ends is a memfd, and the destination's is cold
 first touch of each page (ours by populating it beside the transfer). `--populated` adds QEMU's with RAM that was
 populated before; for ours there is no such thing. TCG before QEMU 9.0 loses guest writes when RAM is a multiple of 256
 KiB: so QEMU's own migrations have 8 KiB less of it here, which costs them about 0.3 s for each GiB, and are right;
-`--aligned` adds them as they are without (with `--downtime-ms 10`, 4 of 10 went wrong). Ours asks the kernel for dirty
-pages, not QEMU, and always has whole MiB. Nothing is added or subtracted for that. Ours sends pages that changed a
-little as what changed, by default, and this guest changes one byte of a page: `--compression off` is without. Source,
-destination, both QEMUs and who watches share the processors of one machine. More modes, by name: `native_multifd2`,
-`native_tls_multifd2` (that many channels).
+`--aligned` adds them as they are without (with `--downtime-ms 10`, 4 of 10 went wrong). The page source `stream` asks
+QEMU, too, has the same RAM and pays the same; the tracker asks the kernel, and has whole MiB. Nothing is added or
+subtracted for that. Ours sends pages that changed a little as what changed, by default, and this guest changes one byte
+of a page: `--compression off` is without. Source, destination, both QEMUs and who watches share the processors of one
+machine.
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trio
 
 from tools.bench_consoles import Heard, Watcher, open_watcher
-from tools.bench_native import NativeGuest, NativeHost, NativeWay, open_native, plan_of
+from tools.bench_native import SHORT_BYTES, NativeGuest, NativeHost, NativeWay, open_native, plan_of
 from tools.bench_qemu_site import OurGuest, QemuPair, open_qemu_pair
 from tools.faults.site import end_guests
 from vmmigrate.hypervisor.dirty import probe_kernel_tracking
@@ -81,17 +85,19 @@ from vmmigrate.hypervisor.qemu.stress import VITALS_GPA, build_stress_guest, str
 from vmmigrate.memory import MIB
 from vmmigrate.net.threads import open_group
 
-NATIVE, NATIVE_TLS, BEST = "native", "native_tls", "tracker_sealed_2"
-MODES = (NATIVE, NATIVE_TLS, "tracker_sealed_1", BEST, "tracker_tls_1", "tracker_tls_2")
-WORKLOADS = {"idle": 0, "dirty": 10}  # pages each millisecond
+NATIVE, NATIVE_TLS, BEST, STREAM = "native", "native_tls", "tracker_sealed_2", "stream_sealed_2"
+OURS = tuple(f"{source}_{way}_{n}" for source in ("tracker", "stream") for way in ("sealed", "tls") for n in (1, 2))
+MODES = (NATIVE, NATIVE_TLS, f"{NATIVE}_multifd2", f"{NATIVE_TLS}_multifd2", *OURS)
+WORKLOADS = {"idle": 0, "dirty": 10, "heavy": 30}  # pages each millisecond
 MOST_WS_MIB = 128
 FREE_MIB = 4  # of RAM that is not filled
 LETTERS_BEFORE, LETTERS_AFTER = 400, 100
 WANTED = (
-    ("total", NATIVE_TLS, 0.4),
-    ("total", f"{NATIVE_TLS}_multifd2", 0.6),
-    ("pause", NATIVE, 0.5),
-    ("pause", NATIVE_TLS, 0.5),
+    ("total", BEST, NATIVE_TLS, 0.4),
+    ("total", BEST, f"{NATIVE_TLS}_multifd2", 0.6),
+    ("total", STREAM, NATIVE_TLS, 0.7),
+    ("pause", BEST, NATIVE, 0.5),
+    ("pause", BEST, NATIVE_TLS, 0.5),
 )
 FIGURES = {
     "total": "total_ms",
@@ -103,11 +109,12 @@ FIGURES = {
     "CPU": "cpu_s",
 }
 LEAST_MIB, MOST_MIB = 16, 3000
+MOST_PAUSE_MS = 60_000
 QEMU = "qemu-system-x86_64"
 
 _MODE = re.compile(
     r"native(?P<tls>_tls)?(?:_multifd(?P<channels>[1-8]))?(?P<aligned>_aligned)?(?P<populated>_populated)?"
-    r"|tracker_(?P<transport>sealed|tls)_(?P<streams>[1-8])"
+    r"|(?P<source>tracker|stream)_(?P<transport>sealed|tls)_(?P<streams>[1-8])"
 )
 
 
@@ -118,12 +125,18 @@ class Mode:
     name: str
     native: NativeWay | None = None
     is_aligned: bool = False
+    source: str = ""
     transport: str = ""
     streams: int = 0
 
     @property
+    def pair(self) -> str:
+        """Of daemons that it needs; empty for QEMU's own."""
+        return f"{self.source}-{self.transport}" if self.source else ""
+
+    @property
     def guest(self) -> str:
-        return self.transport or ("native, aligned" if self.is_aligned else "native")
+        return self.pair or ("native, aligned" if self.is_aligned else "native")
 
 
 def mode_of(name: str) -> Mode:
@@ -132,7 +145,7 @@ def mode_of(name: str) -> Mode:
     if match is None:
         raise ValueError(name)
     if match["transport"]:
-        return Mode(name, transport=match["transport"], streams=int(match["streams"]))
+        return Mode(name, source=match["source"], transport=match["transport"], streams=int(match["streams"]))
     way = NativeWay(bool(match["tls"]), bool(match["populated"]), int(match["channels"] or 0))
     return Mode(name, way, bool(match["aligned"]))
 
@@ -145,12 +158,17 @@ class Plan:
     workloads: Sequence[str]
     mib: int
     reps: int
-    downtime_ms: int
+    downtimes_ms: Sequence[int]
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ws_mib(self) -> int:
         return min(MOST_WS_MIB, self.mib // 4)
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """Workloads with the pause that is wanted."""
+        return [(workload, downtime_ms) for workload in self.workloads for downtime_ms in self.downtimes_ms]
 
     def program(self, kernel: Path, workload: str) -> dict[str, Any]:
         append = stress_append(mem_mib=self.mib - FREE_MIB, ws_mib=self.ws_mib, rate=WORKLOADS[workload])
@@ -162,7 +180,7 @@ class Plan:
 
 @dataclass
 class Stage:
-    """Where guests run: native QEMUs, and a pair of daemons for each transport."""
+    """Where guests run: native QEMUs, and a pair of daemons for each page source and transport."""
 
     plan: Plan
     kernel: Path
@@ -174,14 +192,15 @@ class Stage:
     def facts(self) -> dict[str, Any]:
         """What is alike in all runs."""
         plan, version = self.plan, self.native.facts.version_text
-        return {"mib": plan.mib, "ws_mib": plan.ws_mib, "wanted_pause_ms": plan.downtime_ms, "qemu": version}
+        return {"mib": plan.mib, "ws_mib": plan.ws_mib, "qemu": version}
 
     async def boot(self, mode: Mode, workload: str) -> NativeGuest | OurGuest:
         """A guest that is ready, and stopped."""
         program = self.plan.program(self.kernel, workload)
         guest: NativeGuest | OurGuest
         if mode.native is None:
-            guest = await OurGuest.boot(self.pairs[mode.transport], self.plan.mib, program)
+            short_bytes = SHORT_BYTES if self.native.loses_writes and mode.source == "stream" else 0
+            guest = await OurGuest.boot(self.pairs[mode.pair], self.plan.mib, program, short_bytes=short_bytes)
         else:
             is_short = self.native.loses_writes and not mode.is_aligned
             guest = await NativeGuest.boot(self.native, plan_of(self.plan.mib, program), is_short=is_short)
@@ -189,7 +208,7 @@ class Stage:
         await guest.hold()
         return guest
 
-    async def move(self, guest: NativeGuest | OurGuest, mode: Mode) -> dict[str, Any]:
+    async def move(self, guest: NativeGuest | OurGuest, mode: Mode, downtime_ms: int) -> dict[str, Any]:
         """Move a guest that is stopped, so that it is stopped again; and what there is to say of it."""
         await guest.go_on()
         begun = time.monotonic()
@@ -206,7 +225,7 @@ class Stage:
             await watch.wait_source(LETTERS_BEFORE)
             before_s = {name: clock.read() for name, clock in clocks.items()}
             watch.begin()
-            told = await guest.move(downtime_ms=self.plan.downtime_ms)
+            told = await guest.move(downtime_ms=downtime_ms)
             await watch.wait_destination(LETTERS_AFTER)
             await guest.settle()
             heard, after_s = await watch.end()
@@ -231,7 +250,7 @@ def spoken(heard: Heard) -> dict[str, float]:
     return {name: value for name, value in asdict(heard).items() if name != "fault"}
 
 
-async def runs_of(stage: Stage, workload: str) -> AsyncIterator[dict[str, Any]]:
+async def runs_of(stage: Stage, workload: str, downtime_ms: int) -> AsyncIterator[dict[str, Any]]:
     """Every mode as often as is asked for, in turns.
 
     Raises: SystemExit: one of ours is not as it was.
@@ -242,8 +261,9 @@ async def runs_of(stage: Stage, workload: str) -> AsyncIterator[dict[str, Any]]:
         for mode in (*plan.modes[first:], *plan.modes[:first]):
             if mode.guest not in guests:
                 guests[mode.guest] = await stage.boot(mode, workload)
-            run = await stage.move(guests[mode.guest], mode)
-            yield {"mode": mode.name, "workload": workload, "rep": rep, **stage.facts, **run}
+            run = await stage.move(guests[mode.guest], mode, downtime_ms)
+            where = {"mode": mode.name, "workload": workload, "wanted_pause_ms": downtime_ms, "rep": rep}
+            yield {**where, **stage.facts, **run}
             if not run["consistent"]:
                 if mode.native is None:
                     raise SystemExit(f"{mode.name}, {workload}: the guest is not as it was: {run['wrong']}")
@@ -272,21 +292,21 @@ async def open_stage(plan: Plan, root: Path) -> AsyncIterator[Stage]:
         watcher = stack.enter_context(open_watcher())
         native = await stack.enter_async_context(open_native(root / "native"))
         pairs = {}
-        for transport in dict.fromkeys(mode.transport for mode in plan.modes if mode.transport):
-            pair = open_qemu_pair(root / transport, kernels, transport)
-            pairs[transport] = await stack.enter_async_context(pair)
+        for mode in {mode.pair: mode for mode in plan.modes if mode.pair}.values():
+            pair = open_qemu_pair(root / mode.pair, kernels, mode.transport, tracks=mode.source == "tracker")
+            pairs[mode.pair] = await stack.enter_async_context(pair)
         yield Stage(plan, kernel, watcher, native, pairs)
 
 
 async def measure(plan: Plan, root: Path) -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = []
     async with open_stage(plan, root) as stage:
-        for workload in plan.workloads:
-            async for run in runs_of(stage, workload):
+        for workload, downtime_ms in plan.parts:
+            async for run in runs_of(stage, workload, downtime_ms):
                 runs.append(run)
                 right = "right" if run["consistent"] else run["wrong"]
                 told = f"{run['total_ms']:.0f} ms, pause {run['gap_ms']:.1f} ms, {right}"
-                print(f"{workload}, {run['mode']}, {run['rep']}: {told}", file=sys.stderr)
+                print(f"{workload}, {downtime_ms} ms, {run['mode']}, {run['rep']}: {told}", file=sys.stderr)
     return runs
 
 
@@ -309,27 +329,39 @@ async def measure_unless_told_to_end(plan: Plan, root: Path) -> list[dict[str, A
 # --------------------------------------------------------------------------- what is reported
 
 
-def chosen(runs: Sequence[dict[str, Any]], mode: str, workload: str) -> list[dict[str, Any]]:
-    return sorted((run for run in runs if (run["mode"], run["workload"]) == (mode, workload)), key=lambda r: r["rep"])
+Part = tuple[str, int]
 
 
-def ratio_of(runs: Sequence[dict[str, Any]], figure: str, mode: str, base: str, workload: str) -> float | None:
+def parts_of(runs: Sequence[dict[str, Any]]) -> list[Part]:
+    return list(dict.fromkeys((run["workload"], run["wanted_pause_ms"]) for run in runs))
+
+
+def chosen(runs: Sequence[dict[str, Any]], mode: str, part: Part) -> list[dict[str, Any]]:
+    mine = [run for run in runs if (run["mode"], run["workload"], run["wanted_pause_ms"]) == (mode, *part)]
+    return sorted(mine, key=lambda run: run["rep"])
+
+
+def ratio_of(runs: Sequence[dict[str, Any]], figure: str, mode: str, base: str, part: Part) -> float | None:
     """Median over neighbours in time."""
-    pairs = zip(chosen(runs, mode, workload), chosen(runs, base, workload), strict=False)
+    pairs = zip(chosen(runs, mode, part), chosen(runs, base, part), strict=False)
     ratios = [mine[figure] / theirs[figure] for mine, theirs in pairs]
     return round(statistics.median(ratios), 3) if ratios else None
+
+
+def named(what: str, mode: str, base: str, part: Part) -> str:
+    return f"{what} {mode} / {base}, {part[0]}, {part[1]} ms"
 
 
 def ratios_of(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     modes = list(dict.fromkeys(run["mode"] for run in runs))
     found: dict[str, float] = {}
-    for workload in dict.fromkeys(run["workload"] for run in runs):
+    for part in parts_of(runs):
         for mode in (mode for mode in modes if mode_of(mode).native is None):
             for base in (base for base in modes if mode_of(base).native is not None):
                 for what, figure in FIGURES.items():
-                    ratio = ratio_of(runs, figure, mode, base, workload)
+                    ratio = ratio_of(runs, figure, mode, base, part)
                     if ratio is not None:
-                        found[f"{what} {mode} / {base}, {workload}"] = ratio
+                        found[named(what, mode, base, part)] = ratio
     return found
 
 
@@ -353,22 +385,22 @@ COLUMNS = {
 
 
 def print_table(runs: Sequence[dict[str, Any]], plan: Plan) -> None:
-    for workload in plan.workloads:
+    for workload, downtime_ms in plan.parts:
         writes = f"writes {WORKLOADS[workload]} pages each ms, of {plan.ws_mib} MiB"
-        print(f"{workload} ({writes}; pause wanted {plan.downtime_ms} ms)")
+        print(f"{workload} ({writes}; pause wanted {downtime_ms} ms)")
         print(" " * 26, *(f"{title:>{width}}" for title, width in COLUMNS.items()), sep="")
         for mode in plan.modes:
-            cells = zip(cells_of(mode.name, workload, runs), COLUMNS.values(), strict=True)
+            cells = zip(cells_of(mode.name, (workload, downtime_ms), runs), COLUMNS.values(), strict=True)
             print(f"  {mode.name:24}", *(f"{cell:>{width}}" for cell, width in cells), sep="")
 
 
-def cells_of(mode: str, workload: str, runs: Sequence[dict[str, Any]]) -> list[str]:
-    mine = chosen(runs, mode, workload)
+def cells_of(mode: str, part: Part, runs: Sequence[dict[str, Any]]) -> list[str]:
+    mine = chosen(runs, mode, part)
 
     def median(figure: str, digits: int = 0, unit: float = 1) -> str:
         return f"{statistics.median(run[figure] for run in mine) / unit:.{digits}f}"
 
-    ratios = [ratio_of(runs, "total_ms", mode, base, workload) for base in (NATIVE, NATIVE_TLS)]
+    ratios = [ratio_of(runs, "total_ms", mode, base, part) for base in (NATIVE, NATIVE_TLS)]
     return [
         median("total_ms"),
         *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
@@ -383,10 +415,10 @@ def cells_of(mode: str, workload: str, runs: Sequence[dict[str, Any]]) -> list[s
     ]
 
 
-def print_wanted(ratios: dict[str, float], workloads: Sequence[str]) -> None:
-    for what, base, most in WANTED:
-        for workload in workloads:
-            ratio = ratios.get(name := f"{what} {BEST} / {base}, {workload}")
+def print_wanted(ratios: dict[str, float], parts: Sequence[Part]) -> None:
+    for what, mode, base, most in WANTED:
+        for part in parts:
+            ratio = ratios.get(name := named(what, mode, base, part))
             if ratio is not None:
                 print(f"{name}: {ratio:.2f}, wanted {most}: {'kept' if ratio <= most else 'missed'}")
 
@@ -408,7 +440,7 @@ def read_plan() -> tuple[Plan, bool]:
     parser.add_argument("--reps", type=int, default=3, help="moves of every mode with every workload (3)")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--modes", default=",".join(MODES), help=f"({','.join(MODES)})")
-    parser.add_argument("--downtime-ms", type=int, default=300, help="the longest pause that is wanted (300)")
+    parser.add_argument("--downtime-ms", default="300", help="the longest pause that is wanted, or several (300)")
     parser.add_argument("--compression", choices=("auto", "off"), default="auto", help="of ours, deltas included")
     parser.add_argument("--aligned", action="store_true", help="add QEMU's own as it is without the work-around")
     parser.add_argument("--populated", action="store_true", help="add QEMU's own into RAM that was populated before")
@@ -424,8 +456,11 @@ def read_plan() -> tuple[Plan, bool]:
         modes = [mode_of(name) for name in dict.fromkeys(names)]
     except ValueError as exc:
         parser.error(f"--modes: {exc}: allowed are {', '.join(MODES)}, and what is told above")
+    downtimes = arguments.downtime_ms.split(",")
+    if not all(text.isdecimal() and 1 <= int(text) <= MOST_PAUSE_MS for text in downtimes):
+        parser.error(f"--downtime-ms: allowed are 1 to {MOST_PAUSE_MS}, with commas between them")
     options = {"compression": "off", "delta_cache_mib": 0} if arguments.compression == "off" else {}
-    return Plan(modes, workloads, arguments.mib, arguments.reps, arguments.downtime_ms, options), arguments.json
+    return Plan(modes, workloads, arguments.mib, arguments.reps, list(map(int, downtimes)), options), arguments.json
 
 
 def main() -> None:
@@ -443,7 +478,7 @@ def main() -> None:
     else:
         print(f"QEMU {runs[0]['qemu']}, {plan.mib} MiB, {plan.reps} moves of every mode, {os.cpu_count()} CPUs")
         print_table(runs, plan)
-        print_wanted(ratios, plan.workloads)
+        print_wanted(ratios, plan.parts)
 
 
 if __name__ == "__main__":

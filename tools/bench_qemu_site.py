@@ -23,6 +23,7 @@ from vmmigrate.cli.moving import Order, start_move
 from vmmigrate.demo import daemons
 from vmmigrate.demo.site import DESTINATION, SOURCE, TRUST_DOMAIN, Site
 from vmmigrate.hypervisor.qemu import stress
+from vmmigrate.memory import MIB
 from vmmigrate.net import pki
 from vmmigrate.net.identity import Identity, Role
 
@@ -59,6 +60,7 @@ transports = ["{transport}"]
 
 [qemu]
 network = "user"
+tracker = {tracker}
 """
 
 
@@ -80,15 +82,16 @@ class QemuPair:
 
 
 @contextlib.asynccontextmanager
-async def open_qemu_pair(root: Path, kernels: Path, transport: str) -> AsyncIterator[QemuPair]:
+async def open_qemu_pair(root: Path, kernels: Path, transport: str, *, tracks: bool = True) -> AsyncIterator[QemuPair]:
     """Two daemons under *root*, which is made; on leaving they and every guest are gone.
 
     Args:
         kernels: The directory that guests boot from.
         transport: "sealed" or "tls".
+        tracks: Whether guests get the tracker; without it QEMU has to tell what they write.
     """
     try:
-        site = await trio.to_thread.run_sync(_make_site, root, kernels, transport)
+        site = await trio.to_thread.run_sync(_make_site, root, kernels, transport, tracks)
         async with contextlib.AsyncExitStack() as stack:
             clients, clocks = {}, {}
             for host in HOSTS:
@@ -102,7 +105,7 @@ async def open_qemu_pair(root: Path, kernels: Path, transport: str) -> AsyncIter
             await trio.to_thread.run_sync(end_guests, root)
 
 
-def _make_site(root: Path, kernels: Path, transport: str) -> Site:
+def _make_site(root: Path, kernels: Path, transport: str, tracks: bool) -> Site:
     """Blocking."""
     root.mkdir()
     pki.init_authority(root / "pki", TRUST_DOMAIN, 2)
@@ -110,7 +113,7 @@ def _make_site(root: Path, kernels: Path, transport: str) -> Site:
         pki.issue(root / "pki", Identity(TRUST_DOMAIN, role, name), lifetime_days=1)
     site = Site(root)
     for host in HOSTS:
-        text = _CONFIG.format(host=host, kernels=kernels, transport=transport)
+        text = _CONFIG.format(host=host, kernels=kernels, transport=transport, tracker=str(tracks).lower())
         site.config(host).write_text(text, encoding="utf-8")
     return site
 
@@ -130,11 +133,12 @@ class OurGuest:
     has_history = True
 
     @classmethod
-    async def boot(cls, pair: QemuPair, mib: int, program: Mapping[str, Any]) -> OurGuest:
-        """A guest with *mib* MiB that fills its memory from now on."""
+    async def boot(cls, pair: QemuPair, mib: int, program: Mapping[str, Any], *, short_bytes: int = 0) -> OurGuest:
+        """A guest with *mib* MiB, less *short_bytes*, that fills its memory from now on."""
         instance = str(uuid.uuid4())
         before = pair.directories(SOURCE)
         request = {"id": instance, "spec_version": "v3", "spec": _spec(mib), "program": dict(program), "start": True}
+        request["overrides"] = {"ram_bytes": mib * MIB - short_bytes}
         await pair.clients[SOURCE].post("/v1/instances", request)
         pid = await _pid(pair.clients[SOURCE], instance)
         (directory,) = pair.directories(SOURCE) - before
@@ -200,7 +204,7 @@ class OurGuest:
             "told_pause_ms": round(record["downtime_s"] * 1e3, 2),
             "sent_bytes": record["ram"]["sent_bytes"],
             "rounds": len(record["ram"]["rounds"]),
-            "negotiated": {name: record["negotiated"][name] for name in ("transport", "streams")},
+            "negotiated": {name: record["negotiated"][name] for name in ("transport", "streams", "page_source")},
             "parts_ms": {name: round(s * 1e3, 2) for name, s in record["downtime_parts_s"].items()},
         }
 

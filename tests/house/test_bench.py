@@ -143,24 +143,24 @@ def test_the_convergence_bench_tells_how_each_policy_ends_and_prints_the_contrac
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no C compiler for the tracker and the guest")
 def test_the_qemu_bench_moves_the_same_guest_in_every_way_and_prints_the_contract() -> None:
     """After every move the guest checks its memory, and its letters go on, or the bench fails."""
-    modes = ["native", "native_tls", "tracker_sealed_1", "tracker_sealed_2", "tracker_tls_1", "tracker_tls_2"]
-    printed = printed_by("qemu_vs_native", "--mib", "64", "--reps", "1", "--workloads", "dirty")
+    modes = ["native", "native_tls", "native_tls_multifd2", "tracker_sealed_2", "tracker_tls_1", "stream_sealed_1"]
+    chosen = ("--workloads", "dirty", "--modes", ",".join(modes), "--downtime-ms", "300")
+    printed = printed_by("qemu_vs_native", "--mib", "64", "--reps", "1", *chosen)
 
     runs = printed["runs"]
     assert [(run["mode"], run["workload"], run["rep"]) for run in runs] == [(mode, "dirty", 0) for mode in modes]
-    assert all(run["consistent"] for run in runs if run["mode"].startswith("tracker_"))
+    assert all(run["consistent"] for run in runs if not run["mode"].startswith("native"))
     assert all(run["gap_ms"] >= run["handover_ms"] > run["steady_p50_ms"] > 0 for run in runs)
     assert all(run["whole_ms"] >= run["total_ms"] >= run["bare_ms"] > 0 and run["cpu_s"] > 0 for run in runs)
     assert all(run["sent_bytes"] > 48 << 20 for run in runs)
     assert {run["mode"]: run["negotiated"] for run in runs if "negotiated" in run} == {
-        f"tracker_{transport}_{streams}": {"transport": transport, "streams": streams}
-        for transport in ("sealed", "tls")
-        for streams in (1, 2)
+        f"{source}_{transport}_{streams}": {"transport": transport, "streams": streams, "page_source": source}
+        for source, transport, streams in (("tracker", "sealed", 2), ("tracker", "tls", 1), ("stream", "sealed", 1))
     }
     assert {
-        "total tracker_sealed_2 / native_tls, dirty",
-        "pause tracker_sealed_2 / native_tls, dirty",
-        "CPU tracker_tls_1 / native, dirty",
+        "total tracker_sealed_2 / native_tls, dirty, 300 ms",
+        "pause tracker_sealed_2 / native_tls, dirty, 300 ms",
+        "CPU stream_sealed_1 / native, dirty, 300 ms",
     } <= set(printed["ratios"])
 
 
