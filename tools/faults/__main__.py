@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="tools.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--short", action="store_true", help="kills and cuts only")
-    parser.add_argument("--hypervisor", choices=["embedded", "qemu"], default="embedded", help="what runs the guests")
+    parser.add_argument(
+        "--hypervisor",
+        choices=["embedded", "qemu", "qemu-stream"],
+        default="embedded",
+        help="what runs the guests; with -stream QEMU has to tell what they write",
+    )
     parser.add_argument("--fault", action="append", choices=[fault.value for fault in Fault], help="only these")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="strike at every N-th boundary only")
     parser.add_argument("--jobs", type=int, default=6, metavar="N", help="pairs of hosts at work at once (6)")

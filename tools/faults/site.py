@@ -71,7 +71,7 @@ class Site:
 
     Attributes:
         forks: Who starts the daemons; None: each is executed, and takes its time.
-        hypervisor: "embedded" or "qemu".
+        hypervisor: "embedded", "qemu", or "qemu-stream": QEMU that has to tell itself what guests write.
     """
 
     root: Path
@@ -126,7 +126,7 @@ async def open_site(
     for name in names:
         pki.issue(authority, Identity(TRUST_DOMAIN, Role.HOST, name), ip_addresses=["127.0.0.1"])
     files = pki.issue(authority, Identity(TRUST_DOMAIN, Role.OPERATOR, "tester"))
-    if hypervisor == "qemu":
+    if hypervisor != "embedded":
         await trio.to_thread.run_sync(build_stress_guest, root)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(end_guests, root)
@@ -193,7 +193,7 @@ def _write_config(root: Path, path: Path, name: str, hypervisor: str) -> None:
     api, migration, bulk = _free_ports(3)
     path.write_text(
         f"""
-hypervisor = "{hypervisor}"
+hypervisor = "{hypervisor.partition("-")[0]}"
 [listen]
 api = "127.0.0.1:{api}"
 migration = "127.0.0.1:{migration}"
@@ -214,6 +214,8 @@ resume_window_s = 3
 compact_bytes = 8192
 [allow]
 paths = ["{root}"]
+[qemu]
+tracker = {"false" if hypervisor == "qemu-stream" else "true"}
 """
     )
 
