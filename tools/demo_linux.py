@@ -1,6 +1,6 @@
 """A small Linux in QEMU under load is moved there and back, live, and tells whether it noticed.
 
-    python -m tools.demo_linux [--json] [--mib N] [--working-set-mib N]
+    python -m tools.demo_linux [--json] [--mib N] [--working-set-mib N] [--moves N] [--page-source tracker|stream]
 
 The guest (`tools.linux_guest`) writes to its disk and reads back, pings, sums up a large file in memory, and says a
 number every 10 ms. Two daemons on this machine move it from one to the other and back. After each move it reads
@@ -42,10 +42,11 @@ from vmmigrate.demo.stage import open_hosts, open_site, until_signal
 from vmmigrate.demo.telling import Teller, make_teller
 from vmmigrate.demo.watching import ConsoleWatch, watch_consoles
 from vmmigrate.errors import HypervisorError, VmMigrateError
-from vmmigrate.memory import MIB
+from vmmigrate.memory import MIB, PAGE_SIZE
 
 BUILT: Final = Path(__file__).resolve().parent.parent / "build" / "linux-guest"
 ROUTE: Final = (SOURCE, DESTINATION, SOURCE)
+MOST_MOVES: Final = 1000
 MOST_MIB, LEAST_MIB = 1024, 192
 DISK_BYTES: Final = 64 * MIB
 WORK: Final = ("disk", "ping", "sum")
@@ -137,7 +138,7 @@ def judged(legs: Sequence[Leg], story: Story, said: Said, seen: Rhythm) -> list[
     """Everything that is not as it should be."""
     problems = [problem for leg in legs for problem in leg.problems()]
     problems += [*story.problems, *said.problems]
-    if not problems and seen.hosts != ROUTE:
+    if not problems and seen.hosts != (legs[0].origin, *(leg.target for leg in legs)):
         problems.append(f"it ran on {', '.join(seen.hosts)}")
     if not problems and said.status["sum_ok"] <= legs[0].before["sum_ok"]:
         problems.append("sum stands still")
@@ -202,10 +203,26 @@ def describe(outcome: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Size:
-    """Of the guest: RAM, and the file in it of which the sum is checked again and again."""
+    """Of the guest: RAM, and the file in it of which the sum is checked again and again; and of the demonstration.
+
+    Attributes:
+        moves: There, back, there, …
+        page_source: Who tells what the guest writes; `stream`: QEMU itself.
+    """
 
     mib: int
     working_set_mib: int
+    moves: int = 2
+    page_source: str = "tracker"
+
+    @property
+    def ram_bytes(self) -> int:
+        """QEMU before 9.0 sees all that a guest under TCG writes only when RAM is not a multiple of 256 KiB."""
+        return self.mib * MIB - (2 * PAGE_SIZE if self.page_source == "stream" else 0)
+
+    @property
+    def route(self) -> tuple[str, ...]:
+        return tuple(itertools.islice(itertools.cycle((SOURCE, DESTINATION)), self.moves + 1))
 
 
 @dataclass(frozen=True)
@@ -241,7 +258,8 @@ class Stage:
 async def demonstrate(size: Size, linux: Guest, teller: Teller) -> dict[str, Any]:
     """There and back; the outcome."""
     paths = json.dumps(["guest", str(linux.kernel.parent.resolve())])
-    setting = Setting(QEMU.hypervisor, allow=f"paths = {paths}", sections=QEMU.sections)
+    tracker = f"tracker = {str(size.page_source == 'tracker').lower()}"
+    setting = Setting(QEMU.hypervisor, allow=f"paths = {paths}", sections=f"{QEMU.sections}\n{tracker}")
     legs: list[Leg] = []
     async with open_site(setting) as site, open_hosts(site, teller.say) as (source, destination):
         await trio.to_thread.run_sync(_make_disk, site)
@@ -253,7 +271,7 @@ async def demonstrate(size: Size, linux: Guest, teller: Teller) -> dict[str, Any
             await stage.wait("READY", lambda said: said.is_ready, _READY_DEADLINE_S)
             teller.say(f"it is up; waiting until disk, ping and a sum of {size.working_set_mib} MiB went well once")
             await stage.wait("work", lambda said: all(said.status.get(f"{name}_ok") for name in WORK))
-            for origin, target in itertools.pairwise(ROUTE):
+            for origin, target in itertools.pairwise(size.route):
                 legs.append(await _move(stage, origin, target))
                 if legs[-1].record["outcome"] != "moved":
                     return document(size, linux.release, legs, joined(console.outputs()))
@@ -293,6 +311,7 @@ def _request(size: Size, linux: Guest, site: Site) -> dict[str, Any]:
         "spec_version": "v3",
         "spec": machine(size.mib, str(_disk(site))),
         "program": program,
+        "overrides": {"ram_bytes": size.ram_bytes},
         "start": True,
     }
 
@@ -344,12 +363,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout, and nothing else")
     parser.add_argument("--mib", type=int, help=f"RAM of the guest (default: {MOST_MIB}, less on a small host)")
     parser.add_argument("--working-set-mib", type=int, metavar="MIB", help="of it, summed up (default: a quarter)")
+    parser.add_argument("--moves", type=int, default=len(ROUTE) - 1, help="there, back, there, … (default: 2)")
+    parser.add_argument(
+        "--page-source", choices=["tracker", "stream"], default="tracker", help="stream: QEMU tells what is written"
+    )
     parser.add_argument("--output", type=Path, default=BUILT, metavar="DIR", help="where kernel and initrd are kept")
     chosen = parser.parse_args(arguments)
     chosen.mib = chosen.mib or default_mib()
     chosen.working_set_mib = chosen.working_set_mib or chosen.mib // 4
     if chosen.mib < LEAST_MIB or not 0 < chosen.working_set_mib <= chosen.mib - 128:
         parser.error(f"--mib is at least {LEAST_MIB}, and the working set at least 128 smaller")
+    if not 1 <= chosen.moves <= MOST_MOVES:
+        parser.error(f"--moves: allowed are 1 to {MOST_MOVES}")
     return chosen
 
 
@@ -360,7 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         install_qemu(teller)
         linux = built(chosen.output)
-        outcome = trio.run(until_signal, partial(demonstrate, Size(chosen.mib, chosen.working_set_mib), linux, teller))
+        size = Size(chosen.mib, chosen.working_set_mib, chosen.moves, chosen.page_source)
+        outcome = trio.run(until_signal, partial(demonstrate, size, linux, teller))
     except VmMigrateError as error:
         print_error(error, as_json=chosen.json)
         return exit_of_error(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -171,8 +172,10 @@ def test_a_guest_that_did_not_run_where_it_should_is_not_whole() -> None:
     said.status = counters(2)
 
     there, back = (Rhythm(1, 1, 1, (), hosts) for hosts in (("source", "destination"), demo_linux.ROUTE))
+    legs = [replace(leg(), origin=origin, target=target) for origin, target in itertools.pairwise(demo_linux.ROUTE)]
 
-    assert demo_linux.judged([leg(), leg()], story, said, there) == ["it ran on source, destination"]
-    assert demo_linux.judged([leg(), leg()], story, said, back) == []
+    assert demo_linux.judged(legs, story, said, there) == ["it ran on source, destination"]
+    assert demo_linux.judged(legs, story, said, back) == []
+    assert demo_linux.judged(legs[:1], story, said, there) == []
     said.status = counters(1)
-    assert demo_linux.judged([leg(), leg()], story, said, back) == ["sum stands still"]
+    assert demo_linux.judged(legs, story, said, back) == ["sum stands still"]
