@@ -88,13 +88,16 @@ class Link:
     async def _copy(self, origin: trio.SocketStream, sink: trio.SocketStream, counts: bool) -> None:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for chunk in origin:
-                if self._swallows:
-                    continue
-                await sink.send_all(chunk)
-                if counts:
-                    self._note(len(chunk))
+                await self._pass_on(chunk, sink, counts)
             if not self._swallows:
                 await sink.send_eof()
+
+    async def _pass_on(self, chunk: bytes | bytearray, sink: trio.SocketStream, counts: bool) -> None:
+        if self._swallows:
+            return
+        await sink.send_all(chunk)
+        if counts:
+            self._note(len(chunk))
 
     def _note(self, size: int) -> None:
         self.passed_bytes += size
