@@ -81,6 +81,7 @@ def test_a_bad_list_at_a_hangup_changes_nothing_and_is_logged(run: Commands, own
         assert run("vm", "list", "--url", host.url, "--tls-dir", own_site.operator).code == 0
 
 
+@pytest.mark.slow
 def test_a_list_that_ends_soon_is_warned_of_at_the_start(run: Commands, own_site: Site) -> None:
     """Expired, it lets nobody in."""
     directory = prepare(own_site, run)

@@ -61,7 +61,9 @@ def test_certificate_of_an_operator_is_no_host(run: Commands, site: Site) -> Non
     assert "operator/alice is no host" in done.complaint
 
 
-@pytest.mark.parametrize("port", ["api", "migration", "bulk"])
+@pytest.mark.parametrize(
+    "port", ["api", *(pytest.param(port, marks=pytest.mark.slow) for port in ("migration", "bulk"))]
+)
 def test_port_in_use_ends_the_process_with_one_line(site: Site, port: str) -> None:
     """As a process of its own, because that it ends and leaves no socket is the promise."""
     path = site.host(f"port-{port}")

@@ -307,6 +307,7 @@ def test_destination_that_is_not_there_leaves_nothing_under_way(fleet: Fleet, tm
     assert fleet.state("lonely", fleet.a) == "running"
 
 
+@pytest.mark.slow
 def test_source_that_dies_leaves_the_outcome_unknown(
     site: Site, run: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

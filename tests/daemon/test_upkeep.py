@@ -58,6 +58,7 @@ def waiting(host: Host) -> list[str]:
     return [migration for migration, incoming in host.journal.state.incoming.items() if is_unacknowledged(incoming)]
 
 
+@pytest.mark.slow
 async def test_after_many_migrations_both_journals_are_short_again_and_all_goes_on(
     tmp_path: Path, daemons: dict[str, Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def test_demo_moves_a_guest_and_proves_it(own_tmp: Path) -> None:
     assert leftovers(own_tmp) == []
 
 
+@pytest.mark.slow
 def test_demo_for_people_ends_with_a_summary(own_tmp: Path) -> None:
     with start_command("demo", "--mib", "16", stderr=subprocess.STDOUT) as process:
         out, _ = process.communicate(timeout=120)
@@ -53,7 +54,7 @@ def test_demo_for_people_ends_with_a_summary(own_tmp: Path) -> None:
     assert leftovers(own_tmp) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_demo_removes_everything(own_tmp: Path, number: signal.Signals) -> None:
     """In the middle: the guest runs, the migration has begun."""
     with start_command("demo", "--mib", "64") as process:

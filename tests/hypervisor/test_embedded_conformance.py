@@ -17,9 +17,9 @@ async def test_the_embedded_adapter_conforms(check: Check, lab: Lab) -> None:
     "check",
     [
         conformance.take_dirty_reports_every_write_once,
-        conformance.marks_that_were_put_back_come_again_once,
-        conformance.tracking_starts_clear_each_time,
-        conformance.a_restarted_daemon_adopts_a_running_guest_with_its_marks,
+        pytest.param(conformance.marks_that_were_put_back_come_again_once, marks=pytest.mark.slow),
+        pytest.param(conformance.tracking_starts_clear_each_time, marks=pytest.mark.slow),
+        pytest.param(conformance.a_restarted_daemon_adopts_a_running_guest_with_its_marks, marks=pytest.mark.slow),
         conformance.a_guest_moves_with_memory_time_devices_and_console,
     ],
     ids=lambda check: check.__name__,

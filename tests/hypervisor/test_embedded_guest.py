@@ -37,7 +37,10 @@ async def _running(hosts: Hosts, beats: int = 60, **options: object) -> Embedded
     return guest
 
 
-@pytest.mark.parametrize("pages", [1, 2, 127 * 256, 128 * 256, 129 * 256])
+@pytest.mark.parametrize(
+    "pages",
+    [1, *(pytest.param(pages, marks=pytest.mark.slow) for pages in (2, 127 * 256, 128 * 256)), 129 * 256],
+)
 async def test_ram_of_any_size_moves_and_stays_sparse(hosts: Hosts, pages: int) -> None:
     plan = plan_of(ram_bytes=pages * PAGE_SIZE)
     source = await hosts.build(plan)
@@ -108,7 +111,9 @@ async def test_a_guest_moves_around_four_hosts_and_exactly_one_runs_at_any_time(
     assert guest.ram.populated().count() == 401
 
 
-@pytest.mark.parametrize("pattern", ["full", "sparse", "compressible"])
+@pytest.mark.parametrize(
+    "pattern", ["full", *(pytest.param(pattern, marks=pytest.mark.slow) for pattern in ("sparse", "compressible"))]
+)
 @pytest.mark.parametrize("fault", ["stale", "lost", "stray", "heartbeat"])
 async def test_self_check_names_the_page_that_was_not_carried_over(hosts: Hosts, pattern: str, fault: str) -> None:
     plan = plan_of({**STRESS, "pattern": pattern})
@@ -192,9 +197,9 @@ async def test_a_forgetful_tracker_makes_a_migration_lose_a_page(hosts: Hosts) -
 @pytest.mark.parametrize(
     ("step", "run_state"),
     [
-        ("running", RunState.RUNNING),
+        pytest.param("running", RunState.RUNNING, marks=pytest.mark.slow),
         ("tracking", RunState.RUNNING),
-        ("in_request", RunState.RUNNING),
+        pytest.param("in_request", RunState.RUNNING, marks=pytest.mark.slow),
         ("paused", RunState.PAUSED),
         ("handoff_resumed", RunState.RUNNING),
     ],
@@ -526,7 +531,7 @@ async def _wait_console(guest: Guest, text: bytes) -> None:
             await trio.sleep(0.005)
 
 
-@pytest.mark.parametrize("kind", ["file", "blob", "crucible"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("blob", marks=pytest.mark.slow), "crucible"])
 async def test_disk_contents_move_with_the_guest_and_are_checked_by_it(hosts: Hosts, kind: str) -> None:
     volume = hosts.root / "volume"
     volume.write_bytes(bytes(64 * PAGE_SIZE))

@@ -41,7 +41,7 @@ from vmmigrate.wire import phases
 INJECTOR = "injector"
 
 
-@pytest.mark.parametrize("direction", ["fail_imports", "fail_exports"])
+@pytest.mark.parametrize("direction", ["fail_imports", pytest.param("fail_exports", marks=pytest.mark.slow)])
 async def test_after_a_failed_attempt_the_source_runs_and_the_next_one_succeeds(tmp_path: Path, direction: str) -> None:
     """The first import (or export) fails on order; marks are put back, disks are open again, memory is equal later."""
     failing = {"fail_imports": 0, "fail_exports": 0, direction: 1}
@@ -191,7 +191,7 @@ async def test_backends_that_are_neither_replaced_nor_kept_are_refused(tmp_path:
 # --------------------------------------------------------------------------- time and cancel
 
 
-@pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.parametrize("side", ["source", pytest.param("destination", marks=pytest.mark.slow)])
 async def test_a_migration_is_cancelled_from_either_side(tmp_path: Path, side: str) -> None:
     """Both records say cancelled; the guest runs where it was; the destination keeps nothing."""
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
@@ -304,6 +304,7 @@ async def test_a_ticket_works_once_for_its_migration_instance_and_host(tmp_path:
         assert (await migrate(alpha, beta, instance))["outcome"] == "moved"
 
 
+@pytest.mark.slow
 async def test_a_newer_ticket_takes_the_place_of_one_that_nobody_used(tmp_path: Path) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, _ = await fleet.start("alpha"), await fleet.start("beta")

@@ -70,9 +70,9 @@ async def test_a_guest_goes_round_three_hosts_and_comes_home(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("ram_bytes", "regions"),
     [
-        (PAGE_SIZE, [(0, PAGE_SIZE)]),
-        (127 * MIB, [(0, 127 * MIB)]),
-        (128 * MIB, [(0, 128 * MIB)]),
+        pytest.param(PAGE_SIZE, [(0, PAGE_SIZE)], marks=pytest.mark.slow),
+        pytest.param(127 * MIB, [(0, 127 * MIB)], marks=pytest.mark.slow),
+        pytest.param(128 * MIB, [(0, 128 * MIB)], marks=pytest.mark.slow),
         (129 * MIB, [(0, 129 * MIB)]),
         (3 * GIB + 8 * MIB, [(0, 3 * GIB), (HIGH_RAM_GPA, 8 * MIB)]),
     ],

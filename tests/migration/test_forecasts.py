@@ -58,7 +58,7 @@ async def test_a_forecast_that_was_made_in_a_bad_moment_is_made_again(tmp_path: 
         assert (await check(beta, instance))["consistent"]
 
 
-@pytest.mark.parametrize("verify", ["digest", "full"])
+@pytest.mark.parametrize("verify", [pytest.param("digest", marks=pytest.mark.slow), "full"])
 async def test_how_far_a_forecast_was_off_is_recorded(tmp_path: Path, verify: str) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha, beta = await fleet.start("alpha"), await fleet.start("beta")

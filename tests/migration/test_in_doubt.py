@@ -160,7 +160,7 @@ async def test_a_source_without_an_answer_stays_paused_asks_and_learns_that_the_
         assert (owners.single, owners.hosts) == (True, ("alpha", "beta")), owners.problems
 
 
-@pytest.mark.parametrize("deaf_sides", ["destination", "both"])
+@pytest.mark.parametrize("deaf_sides", [pytest.param("destination", marks=pytest.mark.slow), "both"])
 async def test_a_handoff_that_never_arrives_is_refused_and_the_source_takes_the_guest_back(
     tmp_path: Path, deaf_sides: str
 ) -> None:

@@ -100,10 +100,11 @@ async def test_opaque_state_crosses_unread_between_hypervisors_whose_facts_match
 @pytest.mark.parametrize(
     ("other", "code", "differing"),
     [
-        (
+        pytest.param(
             hypervisor(host={**HOST, "loads_versions": "8.0..9.1", "machine_types": "i440fx", "cpu_models": "EPYC"}),
             "no_common_ground",
             ["fact hypervisor_version", "fact machine_type", "fact cpu_model"],
+            marks=pytest.mark.slow,
         ),
         (hypervisor(host={"hypervisor": "xen"}), "no_common_ground", None),
         (ObservedHypervisor, "no_common_ground", None),
@@ -142,7 +143,7 @@ async def test_facts_that_differ_are_all_told_before_ram_moves(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"host": {"hypervisor": "xen"}}, {"told": {**GUEST, "device_tree": "77aa"}}],
+    [pytest.param({"host": {"hypervisor": "xen"}}, marks=pytest.mark.slow), {"told": {**GUEST, "device_tree": "77aa"}}],
     ids=["another hypervisor", "another guest"],
 )
 async def test_optional_opaque_state_that_does_not_fit_stays_behind_and_is_reported(

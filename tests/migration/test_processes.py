@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from tests.migration.fleet import begin, check, create, migrate, stress, wait_outcome
@@ -13,6 +14,7 @@ from vmmigrate.hypervisor.embedded.witness import read_witness
 from vmmigrate.hypervisor.intervals import check_single_owner
 
 
+@pytest.mark.slow
 async def test_two_daemon_processes_migrate_a_guest_over_their_api(tmp_path: Path) -> None:
     """Created, migrated, checked and deleted by a client; afterwards no guest process is left."""
     async with open_site(tmp_path, "alpha", "beta") as site:
@@ -30,6 +32,7 @@ async def test_two_daemon_processes_migrate_a_guest_over_their_api(tmp_path: Pat
         assert guest_pids(tmp_path) == []
 
 
+@pytest.mark.slow
 async def test_the_source_goes_on_when_the_destination_daemon_is_killed_in_pre_copy(tmp_path: Path) -> None:
     """Its guest never stops, and then it moves to a third host. The killed host keeps nothing once it is back."""
     async with open_site(tmp_path, "alpha", "beta", "gamma") as site:

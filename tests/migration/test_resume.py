@@ -112,7 +112,7 @@ async def _linked(fleet: Fleet, source: RunningHost) -> Link:
     return link
 
 
-@pytest.mark.parametrize("cuts", [1, 3])
+@pytest.mark.parametrize("cuts", [pytest.param(1, marks=pytest.mark.slow), 3])
 async def test_a_link_cut_in_pre_copy_is_waited_out_and_little_is_sent_again(tmp_path: Path, cuts: int) -> None:
     """Only what was written meanwhile, and at most 2 % of RAM beyond that per cut; the guest never stops for it."""
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:

@@ -50,7 +50,7 @@ async def test_bulk_streams_are_sealed_when_both_hosts_can(tmp_path: Path) -> No
         assert (await check(beta, instance))["consistent"]
 
 
-@pytest.mark.parametrize("who", ["alpha", "beta", "both"])
+@pytest.mark.parametrize("who", ["alpha", *(pytest.param(who, marks=pytest.mark.slow) for who in ("beta", "both"))])
 async def test_a_host_that_allows_only_tls_gets_tls_and_the_record_says_so(tmp_path: Path, who: str) -> None:
     async with open_fleet(tmp_path, "alpha", "beta") as fleet:
         alpha = await fleet.start("alpha", compat=TLS_ONLY if who != "beta" else "")

@@ -190,6 +190,7 @@ async def test_a_restored_journal_decides_nothing_for_a_guest_that_remembers_mor
         os.kill(process, signal.SIGKILL)
 
 
+@pytest.mark.slow
 async def test_a_restored_journal_that_has_grown_again_still_decides_nothing(tmp_path: Path) -> None:
     """The copy took another id when it was noticed; the guests that it does explain were told, and go on."""
     async with open_fleet(tmp_path, "alpha") as fleet:

@@ -49,6 +49,7 @@ def test_daemon_crash_and_link_loss_and_a_failed_fsync_never_lose_the_guest() ->
     assert set(report.outcomes) == {"resolved"}
 
 
+@pytest.mark.slow
 def test_a_journal_that_is_copied_back_with_its_id_lets_two_run_in_a_chain() -> None:
     """Why restoring has to change the id: the promise ends here, and the model knows where."""
     report = Explorer(SCENARIOS["abc"], 1, allowed=COVERED | {Failure.JOURNAL_COPIED}).run(liveness=False)

@@ -96,6 +96,7 @@ def test_conformance_of_errors_inside_of_amendments() -> None:
     assert texts
 
 
+@pytest.mark.slow
 def test_conformance_of_the_escape_of_every_character() -> None:
     table = json.loads((FIXTURES / "conformance" / "ron_escapes.json").read_text())
     ranges = iter([*table["unicode_escape_ranges"], [0x110000, 0x110000]])
