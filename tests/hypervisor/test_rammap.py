@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from vmmigrate.errors import HypervisorError
@@ -128,6 +130,88 @@ def test_what_is_asked_of_the_file_after_closing_is_refused(memory: int) -> None
         with pytest.raises(HypervisorError) as refusal:
             use()
         assert refusal.value.code == "guest_detached"
+
+
+def filling(memory: int) -> MappedRam:
+    """RAM of which pages 4 to 11 are not there."""
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
+    if not ram.fills:
+        pytest.skip("the kernel fills no pages of shared memory")
+    ram.punch(PageBitmap.from_runs(PAGES, np.array([[4, 8]])))
+    return ram
+
+
+def contents_of(pages: int) -> npt.NDArray[np.uint64]:
+    return np.arange(1, pages * PAGE_SIZE // 8 + 1, dtype=np.uint64).reshape(pages, -1)
+
+
+def test_pages_that_are_not_there_are_filled(memory: int) -> None:
+    ram, contents = filling(memory), contents_of(5)
+
+    assert ram.fill(5, contents) == 5
+
+    assert ram.populated().page_numbers().tolist() == [0, 1, 2, 3, *range(5, 10), 12, 13, 14, 15]
+    assert (ram.pages[5:10] == contents).all()
+    assert os.pread(memory, contents.nbytes, 5 * PAGE_SIZE) == contents.tobytes()
+    assert not ram.pages[4].any()
+    ram.close()
+
+
+@pytest.mark.parametrize(("first", "done"), [(9, 3), (0, 0), (13, 0)])
+def test_filling_ends_at_a_page_that_is_there_and_leaves_it_as_it_is(memory: int, first: int, done: int) -> None:
+    """Whoever fills has to write the rest; also what lies beyond the end is not touched."""
+    ram, contents = filling(memory), contents_of(6)
+
+    assert ram.fill(first, contents) == done
+
+    assert (ram.pages[first : first + done] == contents[:done]).all()
+    assert ram.pages[12:].all()
+    assert ram.pages[:4].all()
+    ram.close()
+
+
+def test_a_page_that_was_filled_is_written_and_a_hole_read_as_ever(memory: int) -> None:
+    """What fills catches no fault: nobody would answer it."""
+    ram = filling(memory)
+    ram.fill(4, contents_of(2))
+
+    ram.pages[4] = 3
+    ram.pages[8] = 4
+
+    assert (ram.pages[4] == 3).all()
+    assert (ram.pages[8] == 4).all()
+    assert not ram.pages[9].any()
+    ram.close()
+
+
+def test_ram_of_a_guest_that_runs_is_not_filled_and_what_filled_it_is_closed(memory: int) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    ram = filling(memory)
+
+    ram.make_read_only()
+
+    assert not ram.fills
+    assert ram.fill(5, contents_of(1)) == 0
+    assert 5 not in ram.populated().page_numbers()
+    ram.drop_retired()
+    assert set(os.listdir("/proc/self/fd")) <= before
+    ram.close()
+
+
+def test_where_the_kernel_fills_nothing_ram_is_mapped_all_the_same(
+    memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may forbid userfaultfd."""
+
+    def forbidden(address: int, size_bytes: int) -> int:
+        raise PermissionError(errno.EPERM, "userfaultfd")
+
+    monkeypatch.setattr(kernel, "open_filler", forbidden)
+    ram = MappedRam(memory, RamLayout.for_size(PAGES * PAGE_SIZE), writable=True)
+
+    assert not ram.fills
+    assert ram.fill(0, contents_of(1)) == 0
+    ram.close()
 
 
 def test_huge_pages_are_mapped_where_the_kernel_gives_them() -> None:

@@ -58,6 +58,14 @@ class Ram:
         """Another mapping of the same memory, as a source daemon has it."""
         return self._map(mmap.PROT_READ)
 
+    def fill(self, first: int, contents: Pages) -> int:
+        """As an adapter fills holes: up to the first page that is there."""
+        done = 0
+        while done < len(contents) and first + done not in self.populated():
+            os.pwrite(self._fd, contents[done].tobytes(), (first + done) * PAGE_SIZE)
+            done += 1
+        return done
+
     def _map(self, protection: int) -> Pages:
         mapping = mmap.mmap(self._fd, self.layout.size_bytes, mmap.MAP_SHARED, protection)
         return np.frombuffer(mapping, dtype=np.uint64).reshape(-1, WORDS)
@@ -165,8 +173,12 @@ async def open_pair(
     encodings: Sequence[str] = (RAW, ZERO),
     delta_cache_bytes: int = 0,
     judge: Callable[[], Worth] = Eager,
+    fills: bool = False,
 ) -> AsyncIterator[Pair]:
-    """A pair whose destination receives; on leaving everything is ended. What may be compressed, is."""
+    """A pair whose destination receives; on leaving everything is ended. What may be compressed, is.
+
+    *fills*: pages that are not there are filled.
+    """
     links = [link_pair(contexts) for _ in range(streams)]
     with closing(Ram(layout)) as source_ram, closing(Ram(layout)) as destination_ram:
         source = BulkSource(
@@ -179,7 +191,12 @@ async def open_pair(
             judge=judge,
         )
         destination = BulkDestination(
-            [link for _, link in links], layout, destination_ram.pages, PAGE_HASH, encodings=encodings
+            [link for _, link in links],
+            layout,
+            destination_ram.pages,
+            PAGE_HASH,
+            encodings=encodings,
+            fill=destination_ram.fill if fills else None,
         )
         try:
             with trio.fail_after(WAIT_S):

@@ -130,7 +130,9 @@ async def _up_to_handoff(way: _Way, migration: DestinationMigration) -> RunState
 async def _one_session(channel: Channel, agreed: Agreed, arriving: Arriving, migration: DestinationMigration) -> None:
     with channel.interruptible():
         async with bulk_streams(agreed, arriving, migration) as bulk, open_group() as beside:
-            beside.start_soon(arriving.populating.run)
+            assert migration.guest is not None
+            if not migration.guest.ram.fills:
+                beside.start_soon(arriving.populating.run)
             await receive_ram(channel, bulk, arriving, migration, beside)
             await _receive_state(channel, agreed, arriving, migration)
 

@@ -67,7 +67,7 @@ async def bulk_streams(
 ) -> AsyncIterator[BulkDestination]:
     """The bulk streams of the session, receiving; on leaving their threads are joined and they are closed."""
     assert migration.guest is not None
-    layout, pages = migration.guest.ram.layout, migration.guest.ram.pages
+    ram = migration.guest.ram
     links = await open_streams(
         migration.source_host,
         agreed.select.bulk_port,
@@ -80,7 +80,13 @@ async def bulk_streams(
         stall_limit_s=migration.deadlines.stall_s,
     )
     bulk = BulkDestination(
-        links, layout, pages, arriving.page_hash, arriving.landing, encodings=agreed.select.encodings
+        links,
+        ram.layout,
+        ram.pages,
+        arriving.page_hash,
+        arriving.landing,
+        encodings=agreed.select.encodings,
+        fill=ram.fill if ram.fills else None,
     )
     try:
         async with open_group() as group:

@@ -260,6 +260,15 @@ class GuestRam(Protocol):
         Raises: HypervisorError `ram_populate`: not possible, or no memory; some pages may be there.
         """
 
+    @property
+    def fills(self) -> bool:
+        """Whether `fill` does anything. Then it is better than to populate."""
+
+    def fill(self, first_page: int, contents: npt.NDArray[np.uint64]) -> int:
+        """Put *contents*, which lie in one piece, where no page is yet; how many pages that was, from the first one.
+        The others have to be written. Only while the guest cannot run. Blocking; several threads may.
+        """
+
     def punch(self, pages: PageBitmap) -> None:
         """Give pages back; they read as zero. Only while the guest cannot run. Blocking."""
 

@@ -9,6 +9,7 @@ Source: linux/userfaultfd.h, linux/fs.h (Linux 6.7 and later); reference/depende
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -35,6 +36,9 @@ _FEATURES = _FEATURE_PAGEFAULT_FLAG_WP | _FEATURE_WP_HUGETLBFS_SHMEM | _FEATURE_
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
 _UFFDIO_WRITEPROTECT = 0xC018AA06
+_UFFDIO_COPY = 0xC028AA03
+_COPY_ARGUMENT = struct.Struct("4Qq")
+_FILLING = _FEATURE_PAGEFAULT_FLAG_WP | _FEATURE_WP_HUGETLBFS_SHMEM
 _REGISTER_MODE_WP = 2
 _WRITEPROTECT_MODE_WP = 1
 
@@ -86,6 +90,34 @@ def open_write_tracker(address: int, size_bytes: int) -> int:
     Raises:
         OSError: The kernel cannot; nothing is registered.
     """
+    return _userfaultfd(address, size_bytes, _FEATURES)
+
+
+def open_filler(address: int, size_bytes: int) -> int:
+    """A userfaultfd by which pages of a shared mapping can be filled (`fill`); it catches no fault.
+
+    It is registered for write-protection, and nothing is ever protected by it: to be registered is all that filling
+    asks for. As long as it is open, reading a page by the mapping does not map its neighbours, too.
+
+    Raises: OSError: The kernel cannot; nothing is registered.
+    """
+    return _userfaultfd(address, size_bytes, _FILLING)
+
+
+def fill(uffd: int, address: int, contents: int, size_bytes: int) -> int:
+    """Put *size_bytes* from address *contents* into pages that are not there, from *address* on.
+
+    Unlike a first write, this neither traps for each page nor zeroes what is about to be overwritten.
+
+    Returns: How many bytes it did: all, or those before a page that is there already, or that could not be had.
+    """
+    argument = bytearray(_COPY_ARGUMENT.pack(address, contents, size_bytes, 0, 0))
+    with contextlib.suppress(OSError):  # what it did counts, and why there was no more is of no use to anybody
+        fcntl.ioctl(uffd, _UFFDIO_COPY, argument)
+    return max(int(_COPY_ARGUMENT.unpack(argument)[4]), 0)
+
+
+def _userfaultfd(address: int, size_bytes: int, features: int) -> int:
     number = _USERFAULTFD.get(platform.machine())
     if number is None:
         raise OSError(errno.ENOSYS, f"no userfaultfd number known for {platform.machine()}")
@@ -93,7 +125,7 @@ def open_write_tracker(address: int, size_bytes: int) -> int:
     if fd < 0:
         raise _os_error("userfaultfd")
     try:
-        fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("3Q", _UFFD_API, _FEATURES, 0)))
+        fcntl.ioctl(fd, _UFFDIO_API, bytearray(struct.pack("3Q", _UFFD_API, features, 0)))
         fcntl.ioctl(fd, _UFFDIO_REGISTER, bytearray(struct.pack("4Q", address, size_bytes, _REGISTER_MODE_WP, 0)))
     except OSError:
         os.close(fd)

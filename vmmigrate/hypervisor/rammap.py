@@ -58,6 +58,10 @@ class MappedRam:
         self._retired: ctypes.Array[ctypes.c_ubyte] | None = None  # held: nobody else may be given its addresses
         self._address = kernel.map_file(fd, layout.size_bytes, writable=writable)
         self._mapping: ctypes.Array[ctypes.c_ubyte] | None = _exported(self._address, layout.size_bytes)
+        self._filler: int | None = None
+        if writable and not huge_pages:  # what is filled is filled in small pages
+            with contextlib.suppress(OSError):  # without it pages come to be when they are written
+                self._filler = kernel.open_filler(self._address, layout.size_bytes)
 
     @property
     def view(self) -> memoryview:
@@ -100,6 +104,21 @@ class MappedRam:
             self._advised += 1
             kernel.advise_huge(start, end - start)
 
+    @property
+    def fills(self) -> bool:
+        """Whether `fill` does anything."""
+        return self._filler is not None and self._writable
+
+    def fill(self, first_page: int, contents: npt.NDArray[np.uint64]) -> int:
+        """Put *contents*, which lie in one piece, where no page is yet; how many pages that was, from the first one.
+        The others have to be written. Only of a guest that cannot run; nobody closes meanwhile.
+        """
+        filler, mapping = self._filler, self._mapped()  # held: nobody else may be given its addresses meanwhile
+        if filler is None or not self._writable:
+            return 0
+        address = ctypes.addressof(mapping) + first_page * PAGE_SIZE
+        return kernel.fill(filler, address, contents.ctypes.data, contents.nbytes) // PAGE_SIZE
+
     def punch(self, pages: PageBitmap) -> None:
         """Give pages back; they read as zero. Blocks: call it in a thread.
 
@@ -138,6 +157,7 @@ class MappedRam:
         if retired is not None:
             with contextlib.suppress(OSError):  # no memory for it: the last view unmaps
                 kernel.map_nothing(ctypes.addressof(retired), self.layout.size_bytes, writable=True)
+            self._close_filler()
 
     def close(self) -> None:
         """Unmap: views that somebody still holds read zeros from now on. Blocks while page tables go."""
@@ -148,6 +168,14 @@ class MappedRam:
                 os.close(self._fd)
             with contextlib.suppress(OSError):  # no memory for it: the last view unmaps
                 kernel.map_nothing(self._address, self.layout.size_bytes, writable=self._writable)
+        self._close_filler()
+
+    def _close_filler(self) -> None:
+        """Once its mapping is gone: to take it from a mapping would be a walk over all page tables."""
+        with self._closing:
+            filler, self._filler = self._filler, None
+        if filler is not None:
+            os.close(filler)
 
     @contextlib.contextmanager
     def _file(self) -> Iterator[int]:

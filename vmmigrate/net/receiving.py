@@ -6,18 +6,23 @@ k blocking links in k worker threads (`StreamReceiver`), a limiter of their own 
 Who trusts what: a receiver acts on a record only after its runs were checked against the regions and the stream's
 stripes, and its header and runs are authenticated before they are looked at, on both transports. Pages of a sealed
 record land while they are authenticated: should that fail, `Landing.breach` is the end of the migration.
+
+What a page of new memory costs at its first write, a trap and zeros that are overwritten at once, is more than all
+else together. So where pages can be filled in one go, those that were not here before are received into a scratch of a
+record, which stays in the cache, and filled from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
 from vmmigrate.errors import RemoteProtocolError
-from vmmigrate.memory import PAGE_SIZE, RamLayout, Runs, pages_in
+from vmmigrate.memory import PAGE_SIZE, RamLayout, Runs, pages_in, runs_of_pages
 from vmmigrate.net.links import ReceiveLink
 from vmmigrate.net.threads import open_group, run_joined
 from vmmigrate.ram.digest import Digests, PageHash
@@ -36,8 +41,10 @@ from vmmigrate.ram.records import (
 
 Pages = npt.NDArray[np.uint64]  # guest RAM, shape (pages, 512)
 Index = slice | npt.NDArray[np.int64]
+Fill = Callable[[int, Pages], int]  # `base.GuestRam.fill`
 
 _BASE_DTYPE = np.dtype(">u8")
+_WORTH_A_CALL_PAGES: Final = 4
 
 
 class Landing:
@@ -74,6 +81,7 @@ class StreamReceiver:
         page_hash: PageHash,
         landing: Landing,
         encodings: Collection[str] = (RAW, ZERO),
+        fill: Fill | None = None,
     ) -> None:
         self.link = link
         self.records = 0
@@ -86,6 +94,7 @@ class StreamReceiver:
         self._hash = page_hash
         self._landing = landing
         self._encodings = frozenset(encodings)
+        self._fill = fill
         self._unpacker = Unpacker()
         self._header = memoryview(bytearray(HEADER.size))
         self._runs = memoryview(bytearray(MAX_ZERO_RUNS * RUN_DTYPE.itemsize))
@@ -142,7 +151,7 @@ class StreamReceiver:
         return unpack_runs(raw, header, self._layout, self._stream, self._streams)
 
     def _receive_pages(self, index: Index, pages: int) -> None:
-        if isinstance(index, slice):
+        if isinstance(index, slice) and not self._is_filled(index):
             # Written from the first byte on: should the rest never come, and the page be zero when it is sent again,
             # it must not be taken for a hole.
             self._landing.written[index] = True
@@ -170,9 +179,35 @@ class StreamReceiver:
         change ^= self._ram[index]
         self._store(index, change)
 
+    def _is_filled(self, index: Index) -> bool:
+        """Whether these pages come to be by being filled."""
+        return self._fill is not None and not self._landing.written[index].any()
+
     def _store(self, index: Index, pages: Pages) -> None:
+        is_filled = self._is_filled(index)
         self._landing.written[index] = True
-        self._ram[index] = pages
+        if not is_filled:
+            self._ram[index] = pages
+        elif isinstance(index, slice):
+            self._fill_run(index.start, pages)
+        else:
+            self._fill_runs(index, pages)
+
+    def _fill_run(self, first: int, pages: Pages) -> None:
+        assert self._fill is not None
+        done = self._fill(first, pages)
+        if done < len(pages):  # one was there, if only because the guest's process has touched it
+            self._ram[first + done : first + len(pages)] = pages[done:]
+
+    def _fill_runs(self, numbers: npt.NDArray[np.int64], pages: Pages) -> None:
+        runs = runs_of_pages(numbers)
+        if len(runs) * _WORTH_A_CALL_PAGES > len(pages):
+            self._ram[numbers] = pages
+            return
+        start = 0
+        for first, count in runs.tolist():
+            self._fill_run(first, pages[start : start + count])
+            start += count
 
     def _digests_at(self, index: Index) -> Digests:
         """Of what landed, not of what came."""
@@ -203,10 +238,12 @@ class BulkDestination:
         page_hash: PageHash,
         landing: Landing | None = None,
         encodings: Collection[str] = (RAW, ZERO),
+        fill: Fill | None = None,
     ) -> None:
+        """*fill* puts pages where none are, and says how many it did; without it they are written."""
         self.landing = landing or Landing(layout.pages)
         self._receivers = [
-            StreamReceiver(link, i, len(links), layout, ram, page_hash, self.landing, encodings)
+            StreamReceiver(link, i, len(links), layout, ram, page_hash, self.landing, encodings, fill)
             for i, link in enumerate(links)
         ]
         self._limiter = trio.CapacityLimiter(len(links))
