@@ -130,7 +130,8 @@ class PageStream:
 
     async def more(self) -> PageBitmap | None:
         """The next pages of this pass; None: it is over, or QEMU has stopped the guest. Never so many that all that is
-        left would be among them. After None it is the next pass that more is named of.
+        left would be among them. After None it is the next pass that more is named of. What was named when QEMU stopped
+        the guest is left for `take`: to land it first would only make the pause longer.
 
         Raises: HypervisorError `dirty_tracking`: QEMU gave up.
         """
@@ -141,7 +142,7 @@ class PageStream:
             batch = min(max(self.unnamed // _PART, SHORTEST_BATCH_PAGES), LONGEST_BATCH_PAGES)
             await self._in_thread(self._read, batch)
             await self._look()
-            if self._marks.any():
+            if self._marks.any() and not self._is_ready_to_switch:
                 return self._take_marks()
 
     async def finish(self, note: Note) -> None:
