@@ -249,8 +249,8 @@ async def test_a_guest_whose_writes_its_qemu_would_lose_stays_unless_the_operato
         assert "loses writes when its RAM is a multiple of 256 KiB" in error.text
         assert "trust_tcg_stream = true" in error.text
     await trusted.list_payloads()
-    assert not loses_writes((9, 0, 0), 32 * MIB)
-    assert not loses_writes((7, 2, 22), 32 * MIB - PAGE_SIZE)
+    assert not loses_writes("9.0.0", 32 * MIB)
+    assert not loses_writes("7.2.22", 32 * MIB - PAGE_SIZE)
 
 
 async def test_a_qemu_that_was_started_without_the_tracker_is_noticed_when_it_is_adopted(hosts: QemuHosts) -> None:

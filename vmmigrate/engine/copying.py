@@ -337,6 +337,7 @@ async def _send_round(
     assert copy.pending is not None
     pages, number = copy.pending, copy.number
     migration.record.progress.update(round=number, pages_left=pages.count())
+    await migration.live.fetch(pages)
     if last:
         sent = await bulk.send_round(pages, number, last=True)
     else:

@@ -365,6 +365,13 @@ class Guest(Protocol):
         Raises: HypervisorError `dirty_tracking`.
         """
 
+    async def fetch(self, pages: PageBitmap) -> None:
+        """Have *pages* be in `ram` as the guest has them now, and no others; nothing, where RAM is not copied. For pages
+        whose marks were taken before: what is written later is marked again.
+
+        Raises: HypervisorError `ram_read`.
+        """
+
     async def start_tracking(self) -> None:
         """From now on every write by the guest leaves a mark. Marks start clear."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import trio
@@ -73,6 +74,10 @@ class ProcessGuest(ABC):
 
     async def more_pages(self) -> PageBitmap | None:
         return None
+
+    async def fetch(self, pages: PageBitmap) -> None:
+        if self.ram.is_copied:
+            await self._tracked(partial(self.in_thread, self.ram.fetch, pages.runs()))
 
     async def start_tracking(self) -> None:
         """Marks start clear, also those put back: what follows is a migration, and it sends all populated pages."""

@@ -237,22 +237,12 @@ class QemuGuest(ProcessGuest):
     async def first_pages(self) -> PageBitmap:
         if self.pages is not None and self.pages.is_naming:
             return PageBitmap(self.plan.layout.pages)
-        return await self._at_hand(await super().first_pages())
+        return await super().first_pages()
 
     async def more_pages(self) -> PageBitmap | None:
         if self.pages is None or not self.pages.is_naming:
             return None
-        more = await self._tracked(self.pages.more)
-        return None if more is None else await self._at_hand(more)
-
-    async def take_dirty(self) -> PageBitmap:
-        return await self._at_hand(await super().take_dirty())
-
-    async def _at_hand(self, pages: PageBitmap) -> PageBitmap:
-        """*pages*, when they can be read here."""
-        if self.ram.is_copied:
-            await self._tracked(partial(self.in_thread, self.ram.fetch, pages.runs()))
-        return pages
+        return await self._tracked(self.pages.more)
 
     def page_stream(self) -> PageStream:
         """QEMU, to be asked for what the guest writes."""
