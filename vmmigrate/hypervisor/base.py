@@ -366,7 +366,7 @@ class Guest(Protocol):
         """
 
     async def fetch(self, pages: PageBitmap) -> None:
-        """Have *pages* be in `ram` as the guest has them now, and no others; nothing, where RAM is not copied. For pages
+        """Have *pages* be in `ram` as the guest has them now, and no others; nothing, where RAM is mapped. For pages
         whose marks were taken before: what is written later is marked again.
 
         Raises: HypervisorError `ram_read`.
