@@ -259,8 +259,19 @@ async def _land_pass(
             is_checked = True
         if not await _name_more(copy, migration):
             break
-        sent = sent.and_then(await _land_round(channel, bulk, copy, migration))
+        sent = sent.and_then(await _land_and_name(channel, bulk, copy, migration))
     return sent
+
+
+async def _land_and_name(channel: Channel, bulk: BulkSource, copy: Copy, migration: SourceMigration) -> RoundSent:
+    """As `_land_round`; a stream names the next pages meanwhile. Not when it might stop the guest over that: what is
+    under way would then be a part of the pause."""
+    if not migration.live.unnamed_pages or is_last_part(migration.live):
+        return await _land_round(channel, bulk, copy, migration)
+    async with open_group() as group:
+        group.start_soon(migration.live.name_ahead)
+        return await _land_round(channel, bulk, copy, migration)
+    raise AssertionError("a group that nobody cancels ends with its block")
 
 
 def is_last_part(guest: Guest) -> bool:
@@ -295,7 +306,7 @@ async def land_named(
     begun = trio.current_time()
     sent = await _land_round(channel, bulk, copy, migration)
     while goes_on() and await _name_more(copy, migration):
-        sent = sent.and_then(await _land_round(channel, bulk, copy, migration))
+        sent = sent.and_then(await _land_and_name(channel, bulk, copy, migration))
     copy.number += 1
     _note_probe(copy, migration, sent, trio.current_time() - begun)
     return sent

@@ -360,7 +360,13 @@ class Guest(Protocol):
 
     async def more_pages(self) -> PageBitmap | None:
         """The next pages that a stream names. None: the pass is over (what is named next belongs to another one), or
-        the guest has stopped. Only what was sent before is asked for more: a stream takes us for the link.
+        the guest has stopped. It is asked for more as the last ones land: a stream takes us for the link.
+
+        Raises: HypervisorError `dirty_tracking`.
+        """
+
+    async def name_ahead(self) -> None:
+        """Let a stream name what `more_pages` gives next, beside the sending of what it gave last.
 
         Raises: HypervisorError `dirty_tracking`.
         """

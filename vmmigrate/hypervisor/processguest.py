@@ -75,6 +75,9 @@ class ProcessGuest(ABC):
     async def more_pages(self) -> PageBitmap | None:
         return None
 
+    async def name_ahead(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def fetch(self, pages: PageBitmap) -> None:
         if self.ram.is_copied:
             await self._tracked(partial(self.in_thread, self.ram.fetch, pages.runs()))

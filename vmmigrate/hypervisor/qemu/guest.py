@@ -244,6 +244,10 @@ class QemuGuest(ProcessGuest):
             return None
         return await self._tracked(self.pages.more)
 
+    async def name_ahead(self) -> None:
+        if self.pages is not None and self.pages.is_naming:
+            await self._tracked(self.pages.ahead)
+
     def page_stream(self) -> PageStream:
         """QEMU, to be asked for what the guest writes."""
         return PageStream(self.ask, self.qmp, self._files.outgoing, self.plan.layout.pages, self._has_stood)

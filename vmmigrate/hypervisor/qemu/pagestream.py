@@ -135,15 +135,23 @@ class PageStream:
 
         Raises: HypervisorError `dirty_tracking`: QEMU gave up.
         """
-        while True:
+        while not (self._marks.any() and not self._is_ready_to_switch):
             if self._syncs > self._syncs_before or self._is_ready_to_switch:
                 self._syncs_before = self._syncs
                 return None
-            batch = min(max(self.unnamed // _PART, SHORTEST_BATCH_PAGES), LONGEST_BATCH_PAGES)
-            await self._in_thread(self._read, batch)
-            await self._look()
-            if self._marks.any() and not self._is_ready_to_switch:
-                return self._take_marks()
+            await self.ahead()
+        return self._take_marks()
+
+    async def ahead(self) -> None:
+        """Have what `more` gives next be named, if it has not been; for while what it gave last is under way.
+
+        Raises: HypervisorError: as `more`.
+        """
+        if self._marks.any() or self._is_ready_to_switch:
+            return
+        batch = min(max(self.unnamed // _PART, SHORTEST_BATCH_PAGES), LONGEST_BATCH_PAGES)
+        await self._in_thread(self._read, batch)
+        await self._look()
 
     async def finish(self, note: Note) -> None:
         """Let QEMU stop the guest, and take in all that is left: pages become marks, the rest goes to *note*, as in
