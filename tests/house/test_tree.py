@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -94,12 +95,33 @@ def test_make_alone_lists_every_target() -> None:
     assert sorted(listed) == sorted(TARGETS)
 
 
-@pytest.mark.parametrize("script", [".ci/run", "tools/venv", "tools/hooks/pre-commit"])
+@pytest.mark.parametrize("script", [".ci/run", "tools/venv", "tools/other_qemu", "tools/hooks/pre-commit"])
 def test_script_is_executable_and_has_no_syntax_error(script: str) -> None:
     path = ROOT / script
 
     assert path.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_a_second_qemu_that_cannot_be_fetched_is_told_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """CI goes on without it, and the tests that need it skip."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    shutil.copy(ROOT / "tools/other_qemu", tools)
+    for program in ("bash", "dirname", "awk"):
+        (tmp_path / program).symlink_to(str(shutil.which(program)))
+
+    done = subprocess.run(
+        [str(shutil.which("bash")), tools / "other_qemu"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "no QEMU from bookworm-backports: apt-get is not there\n"
+    assert not (tmp_path / ".cache").exists()
 
 
 # -- what is generated -----------------------------------------------------------------------------------------------

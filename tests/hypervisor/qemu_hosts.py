@@ -23,13 +23,17 @@ from vmmigrate.hypervisor.qemu.stress import VITALS_GPA, build_stress_guest, str
 from vmmigrate.memory import MIB, PAGE_SIZE, RamLayout
 
 # `VMM_KVM=1` runs the tests with KVM, where /dev/kvm works; otherwise QEMU interprets its guests.
+# `VMM_QEMU` names the QEMU that tests run with, if it is not the one that is installed; `VMM_OTHER_QEMU` one of another
+# version, for tests that move guests between the two.
+QEMU = os.environ.get("VMM_QEMU") or "qemu-system-x86_64"
+OTHER_QEMU = os.environ.get("VMM_OTHER_QEMU", "")
 ACCELERATOR = "kvm" if os.environ.get("VMM_KVM") == "1" else "tcg"
 INSTANCE = "5f1b5b5e-5d3c-4f0e-9b6d-000000000001"
 RAM_MIB = 32
 
 requires_qemu = [
     pytest.mark.required,
-    pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"),
+    pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed"),
     pytest.mark.skipif(ACCELERATOR == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm"),
     pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no C compiler for the tracker and the guest"),
 ]
@@ -85,7 +89,7 @@ class QemuHosts:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.guests: list[QemuGuest] = []
-        self.settings = QemuSettings(accelerator=ACCELERATOR, network="user", kernels=[stress_kernel().parent])
+        self.settings = QemuSettings(QEMU, accelerator=ACCELERATOR, network="user", kernels=[stress_kernel().parent])
 
     async def open(self, name: str = "a", *, settings: dict[str, Any] | None = None, **options: Any) -> QemuHypervisor:
         return await QemuHypervisor.open(self.root / name, replace(self.settings, **(settings or {})), **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from tests.hypervisor.qemu_daemon_under_test import STEPS, STREAM_STEPS
 from tests.hypervisor.qemu_hosts import (
     ACCELERATOR,
     INSTANCE,
+    QEMU,
     QemuHosts,
     odd,
     plan_of,
@@ -385,7 +387,7 @@ async def test_saved_state_is_cut_into_the_devices_of_the_machine(hosts: QemuHos
     await guest.pause_for_handoff("m")
 
     stream = parse_stream(guest._files.state.read_bytes())
-    assert stream.machine_type == "pc-i440fx-7.2"
+    assert stream.machine_type == guest.facts["machine_type"]
     assert {device.label for device in stream.devices} < listed
     assert [block.size_bytes for block in stream.blocks if block.name == "pc.ram"] == [guest.plan.layout.size_bytes]
 
@@ -403,8 +405,8 @@ def pretending(root: Path, script: str) -> str:
 
 
 async def test_a_qemu_without_a_sandbox_is_used_without_it(hosts: QemuHosts) -> None:
-    script = 'case "$*" in *-sandbox*) echo "-sandbox: invalid option" >&2; exit 1;; esac; exec qemu-system-x86_64 "$@"'
-    settings = {"binary": pretending(hosts.root, script)}
+    script = 'case "$*" in *-sandbox*) echo "-sandbox: invalid option" >&2; exit 1;; esac; exec QEMU "$@"'
+    settings = {"binary": pretending(hosts.root, script.replace("QEMU", QEMU))}
 
     guest = await hosts.build(plan_of(), settings=settings)
 
@@ -418,6 +420,7 @@ async def test_a_qemu_without_a_sandbox_is_used_without_it(hosts: QemuHosts) -> 
         ({"binary": "no-such-qemu"}, "qemu_missing", "apt-get install qemu-system-x86"),
         ({"accelerator": "no-such-accelerator"}, "accelerator", "no-such-accelerator"),
         ({"binary": "/bin/true"}, "accelerator", "/bin/true does not start"),
+        ({"machine_type": "pc-i440fx-6.2"}, "machine_type", "no machine type pc-i440fx-6.2, allowed are pc-i440fx-7.2"),
     ],
 )
 async def test_a_qemu_that_cannot_be_used_is_told_in_one_line(
@@ -477,6 +480,13 @@ async def test_more_keys_than_a_console_takes_are_refused_whole(hosts: QemuHosts
     await expect_error("no_such_port", guest.console_input("nowhere", b"k"))
 
 
+async def _text_if_there(path: Path) -> str:
+    """Empty before the file is, and before anything was written to it."""
+    with contextlib.suppress(FileNotFoundError):
+        return await trio.Path(path).read_text()
+    return ""
+
+
 async def test_a_probe_of_a_daemon_that_was_killed_is_ended_by_the_next(hosts: QemuHosts) -> None:
     runtime = hosts.root / "a"
     script = f"""
@@ -496,9 +506,9 @@ trio.run(QemuHypervisor.open, Path({str(runtime)!r}))
     await trio.to_thread.run_sync(daemon.communicate)
     (left,) = runtime.iterdir()
     with trio.fail_after(10):
-        while not await trio.Path(left / "pid").exists():
+        while not (text := await _text_if_there(left / "pid")):
             await trio.sleep(0.01)
-    pid = int((left / "pid").read_text())
+    pid = int(text)
     begun = kernel.start_ticks_of(pid)
     assert begun is not None
 

@@ -208,15 +208,23 @@ def test_a_qemu_has_a_sandbox_where_it_can_have_one(has_sandbox: bool) -> None:
 
 
 def test_without_a_source_the_machine_is_the_newest_and_the_processor_the_hosts() -> None:
-    assert machine_type(PLAIN, FACTS) == "pc-i440fx-8.0"
+    assert machine_type(PLAIN, SETTINGS, FACTS) == "pc-i440fx-8.0"
     assert base_cpu(PLAIN, SETTINGS) == "qemu64"
+
+
+def test_the_host_may_choose_a_machine_that_others_have_too() -> None:
+    chosen = replace(SETTINGS, machine_type="pc-i440fx-7.2")
+    arrived = replace(PLAIN, like={"hypervisor": "qemu", "machine_type": "pc-i440fx-8.0", "cpu_model": "EPYC"})
+
+    assert machine_type(PLAIN, chosen, FACTS) == "pc-i440fx-7.2"
+    assert machine_type(arrived, chosen, FACTS) == "pc-i440fx-8.0"
 
 
 def test_a_guest_that_arrives_gets_the_machine_and_the_processor_of_its_source() -> None:
     plan = replace(PLAIN, like={"hypervisor": "qemu", "machine_type": "pc-i440fx-7.2", "cpu_model": "EPYC"})
 
     assert problems(plan, SETTINGS, FACTS) == []
-    assert machine_type(plan, FACTS) == "pc-i440fx-7.2"
+    assert machine_type(plan, SETTINGS, FACTS) == "pc-i440fx-7.2"
     assert base_cpu(plan, SETTINGS) == "EPYC"
 
 
@@ -379,7 +387,7 @@ def test_what_another_hypervisor_says_of_its_machine_chooses_none_here() -> None
     plan = replace(PLAIN, like={"hypervisor": "bhyve", "machine_type": "i440fx"})
 
     assert problems(plan, SETTINGS, FACTS) == []
-    assert machine_type(plan, FACTS) == "pc-i440fx-8.0"
+    assert machine_type(plan, SETTINGS, FACTS) == "pc-i440fx-8.0"
 
 
 def test_in_qemus_own_network_interfaces_may_have_any_name() -> None:

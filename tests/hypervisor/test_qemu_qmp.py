@@ -21,7 +21,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.hypervisor.qemu_hosts import requires_qemu, short_directory
+from tests.hypervisor.qemu_hosts import QEMU, requires_qemu, short_directory
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.processes import ProcessWatch
 from vmmigrate.hypervisor.qemu import launch, qmp
@@ -93,7 +93,7 @@ async def qemu(short: Path) -> AsyncIterator[RealQemu]:
     """A QEMU without a machine: it has nothing but its monitor."""
     files = QemuFiles(short)
     arguments = [
-        *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S"),
+        *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S"),
         *("-chardev", f"socket,id=monitor,fd={MONITOR_FD},server=on,wait=on", "-mon", "chardev=monitor,mode=control"),
     ]
     watch = await trio.to_thread.run_sync(launch.start, arguments, files)

@@ -24,7 +24,7 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.hypervisor.qemu_hosts import requires_qemu, short_directory
+from tests.hypervisor.qemu_hosts import QEMU, requires_qemu, short_directory
 from tests.hypervisor.test_qemu_stream import (
     BOARD,
     EOS,
@@ -579,7 +579,7 @@ def destination(root: Path) -> Iterator[Qmp]:
     ram = f"memory-backend-file,id=pc.ram,size={RAM_BYTES},mem-path={root}/ram,share=on"
     with subprocess.Popen(
         [
-            *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-S"),
+            *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-S"),
             *("-accel", "tcg", "-machine", "pc-i440fx-7.2,memory-backend=pc.ram", "-cpu", "qemu64"),
             *("-object", ram, "-m", f"{RAM_BYTES >> 10}K", "-bios", f"{root}/firmware", "-serial", "null"),
             *("-qmp", f"unix:{root}/qmp,server=on,wait=off", "-incoming", "defer"),

@@ -18,6 +18,7 @@ from types import TracebackType
 
 import pytest
 
+from tests.hypervisor.qemu_hosts import QEMU
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.qemu.stress import (
     FIRST_FILLED_GPA,
@@ -30,7 +31,6 @@ from vmmigrate.hypervisor.qemu.stress import (
 )
 from vmmigrate.memory import MIB, PAGE_SIZE
 
-QEMU = "qemu-system-x86_64"
 RAM_MIB = 32
 FILLED_MIB = 24
 FIRST_PAGE = FIRST_FILLED_GPA // PAGE_SIZE

@@ -7,18 +7,18 @@ from typing import Any
 
 import trio
 
-from tests.hypervisor.qemu_hosts import ACCELERATOR, stress_kernel, stress_program
+from tests.hypervisor.qemu_hosts import ACCELERATOR, QEMU, stress_kernel, stress_program
 from tests.migration.fleet import Fleet, RunningHost, create, spec_v3, wait_heartbeats
 from vmmigrate.memory import MIB, PAGE_SIZE
 
-QEMU = f'network = "user"\naccelerator = "{ACCELERATOR}"'
+QEMU_SETTINGS = f'network = "user"\naccelerator = "{ACCELERATOR}"'
 
 
-async def start(fleet: Fleet, name: str, source: str = "tracker", **options: Any) -> RunningHost:
-    """*source*: the page source of guests that this host starts."""
+async def start(fleet: Fleet, name: str, source: str = "tracker", *, binary: str = QEMU, **options: Any) -> RunningHost:
+    """*source*: the page source of guests that this host starts. *binary*: its QEMU."""
     allow = f'paths = ["{stress_kernel().parent}", "{fleet.root}"]\nmonitors = ["{fleet.root}"]'
-    qemu = options.pop("qemu", QEMU) + ("\ntracker = false" if source == "stream" else "")
-    return await fleet.start(name, qemu=qemu, allow=allow, **options)
+    chosen = options.pop("qemu", QEMU_SETTINGS) + ("\ntracker = false" if source == "stream" else "")
+    return await fleet.start(name, qemu=f'binary = "{binary}"\n{chosen}', allow=allow, **options)
 
 
 async def start_both(fleet: Fleet, source: str) -> tuple[RunningHost, RunningHost]:

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from tests.hypervisor.qemu_hosts import requires_qemu
-from tests.hypervisor.test_qemu_cpuid import leaves_of
+from tests.hypervisor.test_qemu_cpuid import FULL, leaves_of
 from tests.migration.fleet import (
     RunningHost,
     check,
@@ -156,7 +156,7 @@ async def test_an_instance_that_boots_from_its_disk_needs_no_program(tmp_path: P
 @pytest.mark.slow
 async def test_a_processor_that_the_spec_lists_is_the_same_on_both_hosts(tmp_path: Path) -> None:
     """Every leaf of the list is what QEMU made, or it would not have started; and what it cannot make is refused."""
-    leaves = leaves_of(CpuidVendor.INTEL)
+    leaves = leaves_of(CpuidVendor.INTEL, FULL - {"pcommit"})  # which later QEMUs have given up
     entries = [
         {"leaf": leaf, "subleaf": sub, "eax": eax, "ebx": ebx, "ecx": ecx, "edx": edx}
         for (leaf, sub), (eax, ebx, ecx, edx) in leaves.items()

@@ -28,7 +28,7 @@ from tests.migration.fleet import (
     wait_outcome,
     witnesses,
 )
-from tests.migration.qemu_fleet import QEMU, create_ready, machine, pci, start
+from tests.migration.qemu_fleet import QEMU_SETTINGS, create_ready, machine, pci, start
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.hypervisor.qemu import images
 from vmmigrate.memory import MIB
@@ -79,7 +79,7 @@ async def test_a_crucible_volume_is_written_over_nbd_before_and_after_the_move(t
     image = tmp_path / "volume.img"
     image.write_bytes(bytes(16 * MIB))
     async with nbd_server(image) as address, open_fleet(tmp_path, "alpha", "beta") as fleet:
-        qemu = f'{QEMU}\n[qemu.regions]\n{CRUCIBLE} = "nbd+unix:///?socket={address}"'
+        qemu = f'{QEMU_SETTINGS}\n[qemu.regions]\n{CRUCIBLE} = "nbd+unix:///?socket={address}"'
         alpha, beta = [await start(fleet, name, qemu=qemu) for name in ("alpha", "beta")]
         instance = await create_ready(alpha, crucible_machine(), disk=True)
         await wait_heartbeats(alpha, instance, 1500)  # all blocks are written once, and some twice
@@ -104,7 +104,7 @@ async def test_a_volume_with_regions_that_a_host_has_no_address_for_is_refused_b
     image.write_bytes(bytes(16 * MIB))
     async with nbd_server(image) as address, open_fleet(tmp_path, "alpha", "beta") as fleet:
         regions = f'[qemu.regions]\n{CRUCIBLE} = "nbd+unix:///?socket={address}"'
-        alpha = await start(fleet, "alpha", qemu=f"{QEMU}\n{regions}")
+        alpha = await start(fleet, "alpha", qemu=f"{QEMU_SETTINGS}\n{regions}")
         beta = await start(fleet, "beta")
         instance = await create_ready(alpha, crucible_machine())
 

@@ -194,6 +194,7 @@ class Qemu(_Section):
     Attributes:
         binary: A name or a path.
         accelerator: "kvm" needs a /dev/kvm that works.
+        machine_type: Of guests that begin here, so that hosts with an older QEMU can take them; the newest by default.
         cpu_model: Of guests whose spec says nothing about CPUID.
         network: "tap": NICs are tap interfaces of the host, by the name in the spec; "user": QEMU's own, behind an
             address translation, for tests and demonstrations.
@@ -205,6 +206,7 @@ class Qemu(_Section):
 
     binary: Annotated[str, Field(min_length=1)] = "qemu-system-x86_64"
     accelerator: Literal["tcg", "kvm"] = "tcg"
+    machine_type: Annotated[str, Field(pattern=r"^pc-i440fx-[0-9]+\.[0-9]+$")] | None = None
     cpu_model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "qemu64"
     network: Literal["tap", "user"] = "tap"
     tracker: bool = True

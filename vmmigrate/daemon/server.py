@@ -117,6 +117,7 @@ def qemu_settings(config: Config) -> QemuSettings:
     return QemuSettings(
         binary=chosen.binary,
         accelerator=chosen.accelerator,
+        machine_type=chosen.machine_type or "",
         cpu_model=chosen.cpu_model,
         network=chosen.network,
         regions=chosen.regions,

@@ -5,10 +5,11 @@ framing). Whether the state inside can be loaded follows from facts alone: a *ho
 it runs, the range of versions whose state that can load, and the machine types and processor models it has; a *guest*
 says in its Preamble what it is. Both are compared before RAM moves, and everything that differs is told at once.
 
-Facts of a host: `hypervisor`, `hypervisor_version`, `loads_versions` ("8.0..9.2", both ends included), `machine_types`
-and `cpu_models` (words). Facts of a guest: `hypervisor`, `hypervisor_version`, `machine_type`, `cpu_model`,
-`device_tree` (a digest); and, where its hypervisor has such, `cpu_features` (a digest) and `ram_blocks` (names and
-sizes). A fact that one side does not tell is a difference, never a match.
+Facts of a host: `hypervisor`, `hypervisor_version`, `loads_versions` ("8.0..9.2", both ends included, or "7.2..", where
+the newest is not the limit), `machine_types` and `cpu_models` (words). Facts of a guest: `hypervisor`,
+`hypervisor_version`, `machine_type`, `cpu_model`, `device_tree` (a digest); and, where its hypervisor has such,
+`cpu_features` (a digest) and `ram_blocks` (names and sizes). A fact that one side does not tell is a difference, never
+a match.
 """
 
 from __future__ import annotations
@@ -80,8 +81,11 @@ def _difference(fact: str, source: Facts, destination: Facts) -> Difference:
 
 
 def is_within(version: str, bounds: str) -> bool:
-    """Whether a dotted version lies in a range; 9.2.1 lies in "8.0..9.2", since that names all of 9.2."""
+    """Whether a dotted version lies in a range; 9.2.1 lies in "8.0..9.2", since that names all of 9.2, and in "8.0..",
+    which has no upper end."""
     low, dots, high = bounds.partition("..")
+    if dots and not high:
+        high = version
     numbers = [_numbers(text) for text in (version, low, high if dots else low)]
     if not all(numbers):
         return False

@@ -103,7 +103,8 @@ class QemuHypervisor:
                 `request_deadline_s`, `start_deadline_s`.
 
         Raises:
-            HypervisorError: `runtime_dir`, `qemu_missing`, `qemu_too_old`; `accelerator`: QEMU does not start with it.
+            HypervisorError: `runtime_dir`, `qemu_missing`, `qemu_too_old`; `accelerator`: QEMU does not start with it;
+                `machine_type`: it has not the one that the operator chose.
         """
         settings = settings or QemuSettings()
         await trio.to_thread.run_sync(processes.prepare_runtime_dir, runtime_dir, _LONGEST_SOCKET)
@@ -113,6 +114,9 @@ class QemuHypervisor:
             oldest = ".".join(map(str, OLDEST_VERSION))
             text = f"{settings.binary} is QEMU {facts.version_text}, needed is {oldest} or later"
             raise HypervisorError(text, code="qemu_too_old")
+        if settings.machine_type and settings.machine_type not in facts.machine_types:
+            text = f"{settings.binary} has no machine type {settings.machine_type}, allowed are"
+            raise HypervisorError(f"{text} {', '.join(facts.machine_types)}", code="machine_type")
         if options.get("witness_dir") is not None:
             await trio.Path(options["witness_dir"]).mkdir(parents=True, exist_ok=True)
         no_tracking = await trio.to_thread.run_sync(_why_no_tracking, settings)
@@ -504,7 +508,6 @@ def _why_no_tracking(settings: QemuSettings) -> str:
 
 
 def _capabilities(facts: QemuFacts, no_tracking: str) -> Capabilities:
-    major, minor, _ = facts.version
     return Capabilities(
         hypervisor="qemu",
         version=facts.version_text,
@@ -517,7 +520,8 @@ def _capabilities(facts: QemuFacts, no_tracking: str) -> Capabilities:
         facts={
             "hypervisor": "qemu",
             "hypervisor_version": facts.version_text,
-            "loads_versions": f"{'.'.join(map(str, OLDEST_VERSION))}..{major}.{minor}",
+            # What QEMU promises is a machine type: every version that has it writes, and reads, the same state.
+            "loads_versions": f"{'.'.join(map(str, OLDEST_VERSION))}..",
             "machine_types": " ".join(facts.machine_types),
             "cpu_models": " ".join(facts.cpu_models),
         },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,7 +51,7 @@ async def guest_facts(ask: Ask, plan: GuestPlan, version: str) -> dict[str, str]
         cpu = str(await ask("qom-get", path=_FIRST_CPU, property="type"))
         words = await ask("qom-get", path=_FIRST_CPU, property="feature-words")
         wrong = [] if plan.board.cpuid is None else cpuid.check_words(plan.board.cpuid, words)
-        features = _digest(sorted(json.dumps(word, sort_keys=True) for word in words))
+        features = _digest(_features(words))
         blocks, devices = await _ram_blocks(ask), await _devices(ask)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
         raise HypervisorError(f"QEMU's answers are none: {exc!r}", code="qemu_protocol") from exc
@@ -71,17 +71,25 @@ async def guest_facts(ask: Ask, plan: GuestPlan, version: str) -> dict[str, str]
 async def _ram_blocks(ask: Ask) -> list[str]:
     """Names and largest sizes; the tables of the firmware are smaller at times."""
     text = await ask("human-monitor-command", command_line="info ramblock")
-    rows = [line.split() for line in text.splitlines()[1:] if line.strip()]
-    return sorted(f"{row[0]}:{int(row[-1], 16)}" for row in rows if len(row) >= 5)
+    head, *rows = [line.split() for line in text.splitlines() if line.strip()]
+    # Later ones have more columns behind it. "Block Name" is one word in a row, and "4 KiB", below "PSize", are two.
+    total = head.index("Total")
+    return sorted(f"{row[0]}:{int(row[total], 16)}" for row in rows)
+
+
+def _features(words: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Those that are there: later QEMUs tell of more registers, in which an older machine has nothing."""
+    return sorted(json.dumps(word, sort_keys=True) for word in words if word["features"])
 
 
 async def _devices(ask: Ask) -> list[str]:
-    """Devices with their types, and PCI functions with their places."""
+    """Devices that were asked for with their types, and PCI functions with their places. The rest of the board follows
+    from the machine type; how QEMU composes it is QEMU's own affair, and changes from version to version."""
     found = []
-    for place in ("/machine/peripheral", "/machine/unattached"):
+    for place in ("/machine/peripheral", "/machine/peripheral-anon"):
         for entry in await ask("qom-list", path=place):
             kind = entry["type"]
-            if kind.startswith("child<") and kind not in {"child<memory-region>", "child<irq>"}:
+            if kind.startswith("child<"):
                 named = entry["name"] if place == "/machine/peripheral" else "-"
                 found.append(f"{named} {kind}")
     for bus in await ask("query-pci"):

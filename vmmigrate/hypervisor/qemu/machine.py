@@ -152,9 +152,9 @@ def _is_allowed(path: object, roots: Sequence[Path]) -> bool:
 # --------------------------------------------------------------------------- arguments
 
 
-def machine_type(plan: GuestPlan, facts: QemuFacts) -> str:
-    """That of the guest at the source, else the newest: always one with a version."""
-    return _like(plan, "machine_type") or facts.machine_types[-1]
+def machine_type(plan: GuestPlan, settings: QemuSettings, facts: QemuFacts) -> str:
+    """That of the guest at the source, else what the operator said, else the newest: always one with a version."""
+    return _like(plan, "machine_type") or settings.machine_type or facts.machine_types[-1]
 
 
 def base_cpu(plan: GuestPlan, settings: QemuSettings) -> str:
@@ -191,7 +191,7 @@ def arguments(
         *(SANDBOX if facts.has_sandbox else ()),
         *("-action", "reboot=reset,shutdown=pause,panic=none"),
         *("-accel", settings.accelerator),
-        *("-machine", f"{machine_type(plan, facts)},memory-backend={RAM_BLOCK},max-ram-below-4g={LOW_RAM_LIMIT_BYTES}"),
+        *("-machine", _machine(machine_type(plan, settings, facts))),
         *(
             "-cpu",
             _cpu(plan, settings),
@@ -212,6 +212,10 @@ def arguments(
         *_kernel(plan.program),
         *(("-incoming", "defer") if for_migration else ()),
     ]
+
+
+def _machine(kind: str) -> str:
+    return f"{kind},memory-backend={RAM_BLOCK},max-ram-below-4g={LOW_RAM_LIMIT_BYTES}"
 
 
 def _cpu(plan: GuestPlan, settings: QemuSettings) -> str:

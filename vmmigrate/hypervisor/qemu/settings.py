@@ -18,6 +18,7 @@ class QemuSettings:
 
     Attributes:
         accelerator: "tcg" or "kvm".
+        machine_type: Of guests that begin here, so that hosts with an older QEMU can take them; empty: the newest.
         cpu_model: Of guests whose spec says nothing about CPUID.
         network: "tap": a NIC is the tap interface of the host that has its backend's name; "user": QEMU's own network
             behind an address translation, for tests and demonstrations; "none": nothing, of a machine that is only made
@@ -31,6 +32,7 @@ class QemuSettings:
 
     binary: str = "qemu-system-x86_64"
     accelerator: str = "tcg"
+    machine_type: str = ""
     cpu_model: str = "qemu64"
     network: str = "tap"
     regions: Mapping[str, str] = field(default_factory=dict)
