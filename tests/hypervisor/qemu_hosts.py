@@ -31,12 +31,12 @@ ACCELERATOR = "kvm" if os.environ.get("VMM_KVM") == "1" else "tcg"
 INSTANCE = "5f1b5b5e-5d3c-4f0e-9b6d-000000000001"
 RAM_MIB = 32
 
-requires_qemu = [
-    pytest.mark.required,
+uses_qemu = [
     pytest.mark.skipif(shutil.which(QEMU) is None, reason=f"{QEMU} is not installed"),
     pytest.mark.skipif(ACCELERATOR == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm"),
     pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no C compiler for the tracker and the guest"),
 ]
+requires_qemu = [pytest.mark.required, *uses_qemu]
 
 
 @functools.cache

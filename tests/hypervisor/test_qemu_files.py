@@ -290,19 +290,19 @@ def own(tmp_path: Path) -> QemuFiles:
 
 
 def test_state_that_is_kept_is_there_and_gives_way_to_the_next(own: QemuFiles) -> None:
-    own.keep_state(recorded("devices"))
-    own.keep_state(recorded("bare"))
+    own.keep_state(recorded("7.2/devices"))
+    own.keep_state(recorded("7.2/bare"))
 
-    assert own.state.read_bytes() == recorded("bare")
+    assert own.state.read_bytes() == recorded("7.2/bare")
 
 
 def test_the_devices_of_a_guest_are_known_by_their_labels(own: QemuFiles) -> None:
-    stream = parse_stream(recorded("devices"))
+    stream = parse_stream(recorded("7.2/devices"))
 
     own.keep_devices(stream, len(stream.joined()))
 
     labels = [device.label for device in stream.devices]
-    assert json.loads(own.devices.read_text()) == {"labels": labels, "bytes": len(recorded("devices"))}
+    assert json.loads(own.devices.read_text()) == {"labels": labels, "bytes": len(recorded("7.2/devices"))}
 
 
 @pytest.mark.parametrize("before", [None, b"the state of the last pause"], ids=["the first", "another"])
@@ -320,7 +320,7 @@ def test_a_crash_while_state_is_kept_leaves_what_was_there(
 
     monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(KeyboardInterrupt):
-        own.keep_state(recorded("bare"))
+        own.keep_state(recorded("7.2/bare"))
 
     assert own.state.exists() is (before is not None)
     assert before is None or own.state.read_bytes() == before
@@ -371,7 +371,7 @@ def test_a_directory_that_is_removed_is_gone_and_may_be_removed_again(tmp_path: 
     own = QemuFiles(tmp_path / "guest")
     own.directory.mkdir()
     os.mkfifo(own.keys("com1"))
-    own.keep_state(recorded("bare"))
+    own.keep_state(recorded("7.2/bare"))
 
     own.remove()
     own.remove()

@@ -1,6 +1,6 @@
 """QEMU's stream with RAM: every page comes out as it went in, in whatever pieces it comes; a hostile one is refused.
 
-`fixtures/qemu/7.2` holds what a real QEMU wrote, and the hash of guest RAM as it was then. The rest is composed.
+`fixtures/qemu` holds what real QEMUs wrote; here is the hash of guest RAM as it was then. The rest is composed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import hashlib
 import itertools
+import shutil
 import struct
 import subprocess
 import time
@@ -24,9 +25,10 @@ import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.hypervisor.qemu_hosts import QEMU, requires_qemu, short_directory
+from tests.hypervisor.qemu_hosts import OTHER_QEMU, QEMU, requires_qemu, short_directory
 from tests.hypervisor.test_qemu_stream import (
     BOARD,
+    BOARD_10,
     EOS,
     HEADER,
     RAM_ID,
@@ -211,18 +213,38 @@ Q35 = [
     *("0000:00:1f.3/ich9_smb", "0000:00:01.0/vga", "0000:00:04.0/virtio-blk", "0000:00:08.0/virtio-net"),
     *("acpi_build", "globalstate"),
 ]
+Q35_10 = [*Q35[: Q35.index("0000:00:1f.0/ICH9LPC")], "mc146818rtc", *Q35[Q35.index("0000:00:1f.0/ICH9LPC") :]]
+del Q35_10[Q35_10.index("mc146818rtc", Q35_10.index("hpet"))]
+
+
+def _with_port(board: list[str]) -> list[str]:
+    return [*board[: board.index("fdc")], "serial", *board[board.index("fdc") :]]
+
+
 RECORDINGS = {
-    "ram-rounds": Recording(
+    "7.2/ram-rounds": Recording(
         "pc-i440fx-7.2",
         {"pc.ram": RAM_BYTES, **FIRMWARE},
-        [*BOARD[: BOARD.index("fdc")], "serial", *BOARD[BOARD.index("fdc") :]],
+        _with_port(BOARD),
         "7f707ff7835ccbfbcbae19ab638044669f2e9b78484634785bb1d2411ed1008d",
     ),
-    "ram-blocks": Recording(
+    "7.2/ram-blocks": Recording(
         "pc-q35-7.2",
         {"0000:00:01.0/vga.vram": 16 * MIB, "pc.ram": RAM_BYTES, **FIRMWARE},
         Q35,
         "ced6f2870921c4afeb6e9dcde8486d120732da1a3dca5077d8e31bd80578dba7",
+    ),
+    "10.0/ram-rounds": Recording(
+        "pc-i440fx-10.0",
+        {"pc.ram": RAM_BYTES, **FIRMWARE},
+        _with_port(BOARD_10),
+        "906418ba4a80117fed47bdff85df44c1b70668e1624b23853264c430e6ddbecb",
+    ),
+    "10.0/ram-blocks": Recording(
+        "pc-q35-10.0",
+        {"0000:00:01.0/vga.vram": 16 * MIB, "pc.ram": RAM_BYTES, **FIRMWARE},
+        Q35_10,
+        "af8a0f2495b304e422bc2e561e4db9c6c7f566401c99d29d94a42d702fce2e27",
     ),
 }
 NAMES = list(RECORDINGS)
@@ -278,7 +300,7 @@ def test_a_recorded_stream_sends_pages_anew(name: str) -> None:
 @given(sizes=st.lists(st.integers(200, 1 << 18), min_size=1, max_size=5))
 @settings(max_examples=10)
 def test_a_recorded_stream_says_the_same_in_any_pieces(sizes: list[int]) -> None:
-    stream = recorded("ram-blocks")
+    stream = recorded("7.2/ram-blocks")
 
     assert _hash_of(heard(stream, sizes)) == _hash_of(heard(stream))
 
@@ -573,14 +595,14 @@ def test_a_crafted_stream_may_be_one_with_shared_ram(parts: list[list[Written]],
 
 
 @contextlib.contextmanager
-def destination(root: Path) -> Iterator[Qmp]:
-    """A QEMU that waits for a stream, of the machine of `ram-rounds`; its guest RAM is the file `ram`."""
+def destination(root: Path, machine_type: str, binary: str) -> Iterator[Qmp]:
+    """A QEMU that waits for a stream, of a machine as in `ram-rounds`; its guest RAM is the file `ram`."""
     (root / "firmware").write_bytes(bytes(FIRMWARE["pc.bios"]))
     ram = f"memory-backend-file,id=pc.ram,size={RAM_BYTES},mem-path={root}/ram,share=on"
     with subprocess.Popen(
         [
-            *(QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-S"),
-            *("-accel", "tcg", "-machine", "pc-i440fx-7.2,memory-backend=pc.ram", "-cpu", "qemu64"),
+            *(binary, "-nodefaults", "-no-user-config", "-display", "none", "-vga", "none", "-S"),
+            *("-accel", "tcg", "-machine", f"{machine_type},memory-backend=pc.ram", "-cpu", "qemu64"),
             *("-object", ram, "-m", f"{RAM_BYTES >> 10}K", "-bios", f"{root}/firmware", "-serial", "null"),
             *("-qmp", f"unix:{root}/qmp,server=on,wait=off", "-incoming", "defer"),
         ],
@@ -606,28 +628,50 @@ async def prepare(qmp: Qmp, *, is_shared: bool) -> None:
         await trio.sleep(0.01)
 
 
+def _of_version_10() -> str:
+    """A QEMU that has its machine type, or none."""
+    for binary in filter(shutil.which, filter(None, (QEMU, OTHER_QEMU))):
+        listed = subprocess.run([binary, "-machine", "help"], capture_output=True, text=True, check=False).stdout
+        if "pc-i440fx-10.0 " in listed:
+            return binary
+    return ""
+
+
+HAVE_10 = _of_version_10()
+
+
+async def check_loading(name: str, who: str, root: Path, binary: str = QEMU) -> None:
+    stream, is_shared = recorded(name), who.endswith("shared")
+    started, ended = first_and_last(stream)
+    if who != "qemu":
+        (root / "ram").write_bytes(loaded(stream, [4 * MIB]))
+        stream = crafted(started, ended, shared={"pc.ram": 0} if is_shared else None).joined()
+
+    with trio.fail_after(30), destination(root, started.machine_type, binary) as qmp:
+        await prepare(qmp, is_shared=is_shared)
+        await saving.prepare_loading(qmp.execute, root / "in")
+        await saving.load(qmp, root / "in", stream)
+        size = FIRMWARE["pc.bios"]
+        await qmp.execute("pmemsave", val=2**32 - size, size=size, filename=f"{root}/seen")
+
+    (bios,) = [block for block in ended.small_blocks if block.name == "pc.bios"]
+    assert hashlib.sha256((root / "ram").read_bytes()).hexdigest() == RECORDINGS[name].ram_sha256
+    assert (root / "seen").read_bytes() == bios.pages.tobytes()
+
+
 class TestWithQemu:
     pytestmark = requires_qemu
 
     @pytest.mark.parametrize("who", ["qemu", "crafted", "crafted-shared"])
     async def test_a_crafted_stream_makes_what_its_own_makes(self, who: str, root: Path) -> None:
         """Its own makes the RAM that the guest had; a crafted one finds that there, and leaves it alone."""
-        stream, is_shared = recorded("ram-rounds"), who.endswith("shared")
-        started, ended = first_and_last(stream)
-        if who != "qemu":
-            (root / "ram").write_bytes(loaded(stream, [4 * MIB]))
-            stream = crafted(started, ended, shared={"pc.ram": 0} if is_shared else None).joined()
+        await check_loading("7.2/ram-rounds", who, root)
 
-        with trio.fail_after(30), destination(root) as qmp:
-            await prepare(qmp, is_shared=is_shared)
-            await saving.prepare_loading(qmp.execute, root / "in")
-            await saving.load(qmp, root / "in", stream)
-            size = FIRMWARE["pc.bios"]
-            await qmp.execute("pmemsave", val=2**32 - size, size=size, filename=f"{root}/seen")
 
-        (bios,) = [block for block in ended.small_blocks if block.name == "pc.bios"]
-        assert hashlib.sha256((root / "ram").read_bytes()).hexdigest() == RECORDINGS["ram-rounds"].ram_sha256
-        assert (root / "seen").read_bytes() == bios.pages.tobytes()
+@pytest.mark.skipif(not HAVE_10, reason="no QEMU here has pc-i440fx-10.0 (tools/other_qemu, VMM_OTHER_QEMU)")
+@pytest.mark.parametrize("who", ["qemu", "crafted", "crafted-shared"])
+async def test_a_crafted_stream_of_qemu_10_makes_what_its_own_makes(who: str, root: Path) -> None:
+    await check_loading("10.0/ram-rounds", who, root, HAVE_10)
 
 
 # ---- refusals
@@ -990,7 +1034,7 @@ def test_records_say_what_they_say_one_by_one_or_are_refused(records: bytes, siz
 @cache
 def _small() -> bytes:
     """The devices of a recorded stream behind a little RAM."""
-    _, ended = first_and_last(recorded("ram-rounds"))
+    _, ended = first_and_last(recorded("7.2/ram-rounds"))
     ram = ram_part(page_record(1, 7, block="pc.ram"), page_record(2, 8), page_record(5, None), EOS)
     end = ram_end(page_record(2, 9, block="pc.bios"), EOS)
     return b"".join([HEAD, ram, end, *(device.raw for device in ended.devices), ended.tail])
@@ -1012,7 +1056,7 @@ def test_a_stream_that_was_changed_is_taken_or_refused(data: st.DataObject, size
 def test_what_is_changed_is_a_stream() -> None:
     *_, last = heard(_small())
 
-    assert [device.label for device in last[1]] == RECORDINGS["ram-rounds"].devices
+    assert [device.label for device in last[1]] == RECORDINGS["7.2/ram-rounds"].devices
 
 
 @given(noise=st.binary(max_size=300))

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from tests.hypervisor.qemu_hosts import OTHER_QEMU, QEMU, requires_qemu
+from tests.hypervisor.qemu_hosts import OTHER_QEMU, QEMU, uses_qemu
 from tests.migration.fleet import Fleet, RunningHost, check, migrate, open_fleet, spec_v3, wait_heartbeats, witnesses
 from tests.migration.qemu_fleet import QEMU_SETTINGS, VNIC, create_ready, machine, start
 from tests.migration.test_qemu import wait_hashed_again
 
-pytestmark = [mark for mark in requires_qemu if mark.name != "required"]  # no machine has to have a second QEMU
-pytestmark.append(
+pytestmark = [  # no machine has to have a second QEMU
+    *uses_qemu,
     pytest.mark.skipif(
         not OTHER_QEMU or shutil.which(OTHER_QEMU) is None,
         reason="there is no second QEMU: VMM_OTHER_QEMU names none (tools/other_qemu fetches one)",
-    )
-)
+    ),
+]
 
 
 async def start_versions(fleet: Fleet, source: str = "tracker", **options: Any) -> tuple[RunningHost, RunningHost]:

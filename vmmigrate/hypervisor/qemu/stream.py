@@ -13,7 +13,7 @@ device's state is a payload with a name. All integers are big-endian:
 The length of a device's body is nowhere: the description at the end lists the devices in the order of the stream, and a
 body ends where its footer is followed by the header of the next one. RAM sections are walked record by record.
 
-Source: QEMU, migration/savevm.c, migration/ram.c (7.2; the same in all later ones for these capabilities).
+Source: QEMU, migration/savevm.c, migration/ram.c (7.2; recorded of 10.0, too, which adds a command).
 """
 
 from __future__ import annotations
