@@ -252,7 +252,24 @@ async def test_a_guest_whose_writes_its_qemu_would_lose_stays_unless_the_operato
         assert "trust_tcg_stream = true" in error.text
     await trusted.list_payloads()
     assert not loses_writes("9.0.0", 32 * MIB)
+    assert not loses_writes("10.0.2", 32 * MIB)
+    assert loses_writes("8.2.10", 32 * MIB)
     assert not loses_writes("7.2.22", 32 * MIB - PAGE_SIZE)
+
+
+async def test_a_guest_is_of_the_qemu_that_runs_it_whatever_the_host_would_start_now(hosts: QemuHosts) -> None:
+    """A host's QEMU is upgraded under running guests: what the old one cannot do, they cannot."""
+    guest = await hosts.build(plan_of(), settings=NO_TRACKER)
+    guest.detach()
+    upgraded = await hosts.open(settings=NO_TRACKER)
+    upgraded.facts = replace(upgraded.facts, version=(99, 0, 0))
+
+    adopted = await upgraded.adopt(GuestStamp(INSTANCE, "a", (1, 1), None), guest.plan, guest.process)
+
+    assert isinstance(adopted, QemuGuest)
+    hosts.guests.append(adopted)
+    assert adopted.facts == guest.facts
+    assert adopted.no_moving == guest.no_moving
 
 
 async def test_a_qemu_that_was_started_without_the_tracker_is_noticed_when_it_is_adopted(hosts: QemuHosts) -> None:

@@ -690,9 +690,21 @@ def answers(**changed: Any) -> dict[str, Any]:
             {"name": "0", "meta-type": "object", "members": []},
             {"name": "1", "meta-type": "enum", "values": ["raw", "other"]},
             {"name": "2", "meta-type": "enum", "values": ["raw", "qcow2", "nbd"]},
+            {"name": "migrate-incoming", "meta-type": "command", "arg-type": "3", "ret-type": "0"},
+            {"name": "3", "meta-type": "object", "members": [{"name": "uri", "type": "str"}]},
+            {"name": "4", "meta-type": "object", "members": [{"name": "exit-on-error", "type": "bool"}]},
         ],
         **changed,
     }
+
+
+def test_a_qemu_that_can_be_told_to_stay_when_it_cannot_load_a_state_is_known_by_what_its_command_takes() -> None:
+    told = answers()
+    assert not read_facts(told, has_sandbox=True).outlives_bad_state
+
+    told["query-qmp-schema"][3]["arg-type"] = "4"
+
+    assert read_facts(told, has_sandbox=True).outlives_bad_state
 
 
 def test_facts_are_what_qemu_told() -> None:

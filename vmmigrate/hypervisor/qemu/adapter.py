@@ -147,7 +147,11 @@ class QemuHypervisor:
             ram = await _mapped(guest, launched.ram_fd, for_migration)
             with self._in_time(plan.instance_id):
                 await self._attach(guest, ram, adopted=False)
-                await guest.begin(memory, keeps_images=bool(belongings.unsaved(plan)))
+                await guest.begin(
+                    memory,
+                    keeps_images=bool(belongings.unsaved(plan)),
+                    outlives_bad_state=self.facts.outlives_bad_state,
+                )
         except BaseException:
             await guest.destroy()
             raise
@@ -220,8 +224,9 @@ class QemuHypervisor:
                 raise
             raise survey.busy(monitor) from exc
         found = await survey.survey(guest.ask, guest.plan, self.settings, guest.process.pid)
-        there = await anatomy.anatomy(guest.ask)
-        made, differences = await self._compare(guest.plan, stamp, there, files)
+        is_ours = version == self.facts.version_text
+        there = await anatomy.anatomy(guest.ask, with_board=is_ours)
+        made, differences = await self._compare(guest.plan, stamp, there, files, with_board=is_ours)
         survey.refuse(monitor, [*found.wrong, *differences])
         return foreign.Foreign(
             guest.process.pid,
@@ -234,7 +239,7 @@ class QemuHypervisor:
         )
 
     async def _compare(
-        self, plan: GuestPlan, stamp: GuestStamp, there: anatomy.Anatomy, files: QemuFiles
+        self, plan: GuestPlan, stamp: GuestStamp, there: anatomy.Anatomy, files: QemuFiles, *, with_board: bool
     ) -> tuple[Mapping[str, str], list[str]]:
         """Make the machine of *plan* here, with nothing behind its devices, and end it again.
 
@@ -261,7 +266,7 @@ class QemuHypervisor:
             assert isinstance(made, QemuGuest)
             pattern_files = self._files(made.process.socket_path)
             await made.in_thread(shutil.copyfile, pattern_files.devices, files.devices)
-            return made.facts, anatomy.differences(there, await anatomy.anatomy(made.ask))
+            return made.facts, anatomy.differences(there, await anatomy.anatomy(made.ask, with_board=with_board))
         finally:
             await made.destroy()
 
@@ -359,7 +364,7 @@ class QemuHypervisor:
         guest.attach_ram(ram, tracker.NoTracker("QEMU has not started"), tracks=False)
         try:
             if guest.foreign is None:
-                facts = await inspecting.guest_facts(guest.ask, guest.plan, await inspecting.version(guest.ask))
+                facts = await inspecting.guest_facts(guest.ask, guest.plan)
                 digest = await guest.in_thread(inspecting.kernel_digest, guest.plan)
                 facts["device_tree"] = f"{facts['device_tree']}-{digest[:16]}"
                 guest.learn(facts)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from vmmigrate.errors import HypervisorError
+from vmmigrate.hypervisor.qemu import inspecting
 from vmmigrate.hypervisor.qemu.qmp import QmpError
 from vmmigrate.memory import LOW_RAM_LIMIT_BYTES
 
@@ -21,8 +22,9 @@ Ask = Callable[..., Awaitable[Any]]
 Anatomy = Mapping[str, str]
 
 _MACHINE: Final = "/machine"
-_FIRST_CPU: Final = "/machine/unattached/device[0]"
-_PLACES: Final = ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached")
+_UNATTACHED: Final = "/machine/unattached"
+_FIRST_CPU: Final = f"{_UNATTACHED}/device[0]"
+_PLACES: Final = ("/machine/peripheral", "/machine/peripheral-anon", _UNATTACHED)
 _NO_DEVICES: Final = frozenset({"child<memory-region>", "child<irq>", "child<container>"})
 _SCALARS: Final = frozenset({"bool", "int", "str", "string", "size", "OnOffAuto"})
 # Of the machine, what its guest can see.
@@ -44,9 +46,12 @@ _NOT_SEEN: Final = frozenset(
 )
 
 
-async def anatomy(ask: Ask) -> Anatomy:
+async def anatomy(ask: Ask, *, with_board: bool = True) -> Anatomy:
     """Of the machine of a QEMU. Its guest may run; QEMU is asked some hundred questions, each of well below a
     millisecond.
+
+    Args:
+        with_board: Also what follows from the machine type: how QEMU composes it is alike only in one version of QEMU.
 
     Raises: HypervisorError `qemu_protocol`, or what *ask* raises.
     """
@@ -60,7 +65,7 @@ async def anatomy(ask: Ask) -> Anatomy:
             **{f"machine, {name}": value async for name, value in _properties(ask, _MACHINE, _BOARD)},
         }
         counts: Counter[str] = Counter()
-        async for device, path in _devices(ask):
+        async for device, path in _devices(ask, with_board):
             kind = device.removeprefix("child<").removesuffix(">")
             properties = {name: value async for name, value in _properties(ask, path, await _settings(ask, kind))}
             name = f"{kind}{await _placed(ask, path)}"
@@ -94,8 +99,7 @@ def differences(there: Anatomy, wanted: Anatomy) -> list[str]:
 
 
 async def _features(ask: Ask) -> str:
-    words = await ask("qom-get", path=_FIRST_CPU, property="feature-words")
-    lines = sorted(json.dumps(word, sort_keys=True) for word in words)
+    lines = inspecting.features_of(await ask("qom-get", path=_FIRST_CPU, property="feature-words"))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
@@ -107,21 +111,22 @@ async def _topology(ask: Ask) -> str:
 
 async def _memory(ask: Ask) -> dict[str, str]:
     """Blocks with their largest sizes (the tables of the firmware are smaller at times), and where RAM is split."""
-    text = await ask("human-monitor-command", command_line="info ramblock")
-    rows = [line.split() for line in text.splitlines()[1:] if line.strip()]
-    blocks = {f"memory block {row[0]}": f"{int(row[-1], 16)} bytes" for row in rows if len(row) >= 5}
+    listed = [block.rpartition(":") for block in await inspecting.ram_blocks(ask)]
+    blocks = {f"memory block {name}": f"{size} bytes" for name, _, size in listed}
     size = (await ask("query-memory-size-summary"))["base-memory"]
     limit = await ask("qom-get", path=_MACHINE, property="max-ram-below-4g")
     low = min(size, limit) if size > LOW_RAM_LIMIT_BYTES else size
     return {**blocks, "memory": f"{size} bytes", "memory below 4 GiB": f"{low} bytes"}
 
 
-async def _devices(ask: Ask) -> AsyncIterator[tuple[str, str]]:
+async def _devices(ask: Ask, with_board: bool) -> AsyncIterator[tuple[str, str]]:
+    """Without the board, only what was asked for; a serial port may have been by `-serial`."""
     found = []
     for place in _PLACES:
         for entry in await ask("qom-list", path=place):
             kind = entry["type"]
-            if kind.startswith("child<") and kind not in _NO_DEVICES and not kind.endswith("-cpu>"):
+            is_asked_for = with_board or place != _UNATTACHED or kind == "child<isa-serial>"
+            if is_asked_for and kind.startswith("child<") and kind not in _NO_DEVICES and not kind.endswith("-cpu>"):
                 found.append((kind, f"{place}/{entry['name']}"))
     for kind, path in sorted(found, key=lambda pair: (pair[0], len(pair[1]), pair[1])):
         yield kind, path

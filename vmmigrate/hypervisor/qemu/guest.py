@@ -415,7 +415,8 @@ class QemuGuest(ProcessGuest):
             await self._in_time(partial(saving.load, self.qmp, self._files.incoming, stream), "load")
         except HypervisorError as exc:
             words = self.last_words()
-            if exc.code == "guest_lost" and words:  # a QEMU that cannot load a state ends, and has said why
+            # A QEMU that cannot load a state ends, if it could not be told to stay, and has said why.
+            if words and (exc.code == "guest_lost" or exc.text.endswith(saving.NO_REASON)):
                 text = f"QEMU did not load the device state: {words}"
                 raise HypervisorError(text, code="device_load_failed") from exc
             raise
@@ -541,18 +542,19 @@ class QemuGuest(ProcessGuest):
         if (cared := replace(memory, is_open=is_open)) != await self.recall():
             await self._remember(cared)
 
-    async def begin(self, memory: Remembered, *, keeps_images: bool) -> None:
+    async def begin(self, memory: Remembered, *, keeps_images: bool, outlives_bad_state: bool) -> None:
         """Complete a guest that was just built: consoles, and images that are inactive until they are asked for.
 
         Args:
             keeps_images: It has a device that QEMU cannot save: its images stay open, and it stays here.
+            outlives_bad_state: As in `QemuFacts`.
         """
         self._memory = memory
         await self._listen(False)
         await saving.prepare(self.ask)
         await images.prepare(self.ask, self._files)
         if memory.is_arriving:
-            await saving.prepare_loading(self.ask, self._files.incoming)
+            await saving.prepare_loading(self.ask, self._files.incoming, outlives_failure=outlives_bad_state)
         elif keeps_images:
             await self._remember(replace(memory, is_open=True))
         else:

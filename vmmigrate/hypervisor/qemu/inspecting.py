@@ -11,7 +11,7 @@ from typing import Any, Final
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.base import GuestPlan
 from vmmigrate.hypervisor.qemu import cpuid
-from vmmigrate.hypervisor.qemu.settings import QemuFacts, read_facts
+from vmmigrate.hypervisor.qemu.settings import QemuFacts, read_facts, read_version, version_text
 
 Ask = Callable[..., Awaitable[Any]]
 
@@ -36,30 +36,32 @@ async def version(ask: Ask) -> str:
     """Of the very QEMU that is asked: another one may be installed by now. Raises: HypervisorError `qemu_protocol`."""
     told = await ask("query-version")
     try:
-        return "{major:d}.{minor:d}.{micro:d}".format(**told["qemu"])
+        return version_text(read_version(told))
     except (KeyError, TypeError, ValueError) as exc:
         raise HypervisorError(f"QEMU's answers are none: {exc!r}", code="qemu_protocol") from exc
 
 
-async def guest_facts(ask: Ask, plan: GuestPlan, version: str) -> dict[str, str]:
+async def guest_facts(ask: Ask, plan: GuestPlan) -> dict[str, str]:
     """What `devices.opaque` calls the facts of a guest: machine, processor, RAM blocks and devices, as QEMU made them.
+    Its QEMU may be older than the one that this host would start now.
 
     Raises: HypervisorError `cpu_differs`: the processor is not what the spec says; `qemu_protocol`.
     """
     try:
+        version = read_version(await ask("query-version"))
         made = str(await ask("qom-get", path="/machine", property="type"))
         cpu = str(await ask("qom-get", path=_FIRST_CPU, property="type"))
         words = await ask("qom-get", path=_FIRST_CPU, property="feature-words")
         wrong = [] if plan.board.cpuid is None else cpuid.check_words(plan.board.cpuid, words)
-        features = _digest(_features(words))
-        blocks, devices = await _ram_blocks(ask), await _devices(ask)
+        features = _digest(features_of(words))
+        blocks, devices = await ram_blocks(ask), await _devices(ask)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as exc:
         raise HypervisorError(f"QEMU's answers are none: {exc!r}", code="qemu_protocol") from exc
     if wrong:
         raise HypervisorError("QEMU made another processor: " + "; ".join(wrong), code="cpu_differs")
     return {
         "hypervisor": "qemu",
-        "hypervisor_version": version,
+        "hypervisor_version": version_text(version),
         "machine_type": made.removesuffix("-machine"),
         "cpu_model": cpu.removesuffix("-x86_64-cpu"),
         "cpu_features": features,
@@ -68,7 +70,7 @@ async def guest_facts(ask: Ask, plan: GuestPlan, version: str) -> dict[str, str]
     }
 
 
-async def _ram_blocks(ask: Ask) -> list[str]:
+async def ram_blocks(ask: Ask) -> list[str]:
     """Names and largest sizes; the tables of the firmware are smaller at times."""
     text = await ask("human-monitor-command", command_line="info ramblock")
     head, *rows = [line.split() for line in text.splitlines() if line.strip()]
@@ -77,7 +79,7 @@ async def _ram_blocks(ask: Ask) -> list[str]:
     return sorted(f"{row[0]}:{int(row[total], 16)}" for row in rows)
 
 
-def _features(words: Sequence[Mapping[str, Any]]) -> list[str]:
+def features_of(words: Sequence[Mapping[str, Any]]) -> list[str]:
     """Those that are there: later QEMUs tell of more registers, in which an older machine has nothing."""
     return sorted(json.dumps(word, sort_keys=True) for word in words if word["features"])
 

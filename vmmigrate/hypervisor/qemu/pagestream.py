@@ -292,6 +292,7 @@ class PageStream:
 
 def loses_writes(version: str, ram_bytes: int) -> str:
     """Why a QEMU of that *version* (7.2.22) that interprets its guest (TCG) must not be asked; empty when it may be.
+    Nothing but the version tells: there is no command, property or capability that came with the repair.
 
     Source: QEMU, include/exec/ram_addr.h, cpu_physical_memory_sync_dirty_bitmap: where RAM is whole words of its bitmap
     it takes a shorter way, which before 9.0 lets virtual processors go on writing unseen.

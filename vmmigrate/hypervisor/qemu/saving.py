@@ -3,7 +3,8 @@
 Guest RAM is shared memory and is not in the stream. Saving stops the guest and ends in the run state `postmigrate`: it
 stands still then, its images are inactive, and nothing but a command makes it go on. Until then it goes on by itself
 when the connection breaks, which is what a daemon that dies leaves behind. The stream is given to the other QEMU as it
-is; that one is good for one try: if it cannot load the state it ends, and says why on its standard error.
+is; that one is good for one try: if it cannot load the state it ends, and says why on its standard error; later ones
+stay until they were asked.
 
 Source: QEMU, migration/migration.c (7.2).
 """
@@ -30,6 +31,7 @@ _UNDER_WAY: Final = frozenset({"setup", "active", "pre-switchover", "device", "c
 _OVER: Final = frozenset({"completed", "failed", "cancelled"})
 _LOOK_AGAIN_S: Final = 0.0005
 _CALL_OFF_S: Final = 5.0
+NO_REASON: Final = "no reason given"
 
 Ask = Callable[..., Awaitable[Any]]
 Note = Callable[[DeviceStream], Awaitable[None]]
@@ -107,7 +109,7 @@ async def expect_end(ask: Ask, qmp: Qmp, seen: int) -> None:
 async def _reason(ask: Ask) -> str:
     with contextlib.suppress(HypervisorError):
         return text_of(await ask("query-migrate"), "error-desc")
-    return "no reason given"
+    return NO_REASON
 
 
 async def wait_run_state(ask: Ask, wanted: str) -> None:
@@ -138,9 +140,13 @@ async def settle(ask: Ask) -> None:
     await choose(ask, names_ram=False)
 
 
-async def prepare_loading(ask: Ask, path: Path) -> None:
-    """Let a QEMU that was started with `-incoming defer` wait for its state at the socket *path*."""
-    await ask("migrate-incoming", uri=f"unix:{path}")
+async def prepare_loading(ask: Ask, path: Path, *, outlives_failure: bool = False) -> None:
+    """Let a QEMU that was started with `-incoming defer` wait for its state at the socket *path*.
+
+    Args:
+        outlives_failure: It shall not end when it cannot load the state, but say why. Only later ones know that.
+    """
+    await ask("migrate-incoming", uri=f"unix:{path}", **({"exit-on-error": False} if outlives_failure else {}))
 
 
 async def load(qmp: Qmp, path: Path, stream: bytes) -> None:
@@ -152,9 +158,13 @@ async def load(qmp: Qmp, path: Path, stream: bytes) -> None:
     with contextlib.closing(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
         await connection.connect(str(path))
         left = memoryview(stream)
-        while left:
-            left = left[await connection.send(left) :]
-        connection.shutdown(socket.SHUT_WR)  # a stream that lacks something fails now, instead of being waited for
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has seen enough; why, it tells by itself
+            while left:
+                left = left[await connection.send(left) :]
+            connection.shutdown(socket.SHUT_WR)  # a stream that lacks something fails now, instead of being waited for
         event = await qmp.wait_event("MIGRATION", seen, lambda data: data.get("status") in _OVER)
-    if event.data["status"] != "completed":
-        raise HypervisorError("QEMU did not load the device state", code="device_load_failed")
+        if event.data["status"] != "completed":
+            why = await _reason(qmp.execute)
+            with contextlib.suppress(OSError, EOFError, HypervisorError):
+                await qmp.execute("quit")
+            raise HypervisorError(f"QEMU did not load the device state: {why}", code="device_load_failed")

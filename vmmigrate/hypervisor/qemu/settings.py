@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ class QemuFacts:
         features: Properties of processors that the accelerator can show.
         drivers: Block drivers.
         has_sandbox: It was built with seccomp.
+        outlives_bad_state: It can be told not to end when it cannot load a state, and says why (9.1 and later).
     """
 
     version: tuple[int, int, int]
@@ -60,28 +62,48 @@ class QemuFacts:
     features: frozenset[str]
     drivers: frozenset[str]
     has_sandbox: bool
+    outlives_bad_state: bool = False
 
     @property
     def version_text(self) -> str:
-        return ".".join(map(str, self.version))
+        return version_text(self.version)
+
+
+def read_version(answer: Mapping[str, Any]) -> tuple[int, int, int]:
+    """From the answer to `query-version`. Raises: KeyError, TypeError: it is none."""
+    version = answer["qemu"]
+    major, minor, micro = (operator.index(version[word]) for word in ("major", "minor", "micro"))
+    return major, minor, micro
+
+
+def version_text(version: tuple[int, int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def read_facts(answers: Mapping[str, Any], *, has_sandbox: bool) -> QemuFacts:
     """Facts from the answers of QMP commands, by command."""
-    version = answers["query-version"]["qemu"]
     names = [machine["name"] for machine in answers["query-machines"]]
     machines = sorted((name for name in names if _pc_version(name)), key=_pc_version)
     expanded = answers["query-cpu-model-expansion"]["model"]["props"]
-    enumerations: list[list[str]] = [entry.get("values", []) for entry in answers["query-qmp-schema"]]
+    schema = answers["query-qmp-schema"]
+    enumerations: list[list[str]] = [entry.get("values", []) for entry in schema]
     drivers = next((values for values in enumerations if {"raw", "qcow2"} <= set(values)), [])
     return QemuFacts(
-        version=(version["major"], version["minor"], version["micro"]),
+        version=read_version(answers["query-version"]),
         machine_types=[name for name in machines if _pc_version(name) >= OLDEST_VERSION],
         cpu_models=[m["name"] for m in answers["query-cpu-definitions"] if not m.get("unavailable-features")],
         features=available_features(expanded),
         drivers=frozenset(drivers),
         has_sandbox=has_sandbox,
+        outlives_bad_state="exit-on-error" in _arguments_of("migrate-incoming", schema),
     )
+
+
+def _arguments_of(command: str, schema: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of the arguments that *command* takes; types have no names but numbers there."""
+    kinds = [entry["arg-type"] for entry in schema if entry["meta-type"] == "command" and entry["name"] == command]
+    members = (entry.get("members", ()) for entry in schema if entry["name"] in kinds)
+    return {member["name"] for listed in members for member in listed}
 
 
 def _pc_version(machine_type: str) -> tuple[int, ...]:
