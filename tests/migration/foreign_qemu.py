@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from tests.hypervisor.qemu_hosts import ACCELERATOR, stress_kernel
+from tests.hypervisor.qemu_hosts import ACCELERATOR, QEMU, stress_kernel
 from tests.migration.fleet import RunningHost
 from tests.migration.qemu_fleet import machine
 from vmmigrate.hypervisor.base import GuestPlan, NicPlan
@@ -36,12 +36,13 @@ MEMORY: Mapping[str, Sequence[str]] = {
 class ForeignQemu:
     """The machine of `qemu_fleet.machine`, as somebody's script would start it."""
 
-    def __init__(self, root: Path, *, name: str = "foreign") -> None:
+    def __init__(self, root: Path, binary: str = QEMU) -> None:
+        self.binary = binary
         self.spec = machine(root)
         self.root = root
-        self.monitor = root / f"{name}.qmp"
+        self.monitor = root / "foreign.qmp"
         self.uuid = str(uuid.uuid4())
-        self.serial = root / f"{name}.serial"
+        self.serial = root / "foreign.serial"
         append = stress_append(mem_mib=56, ws_mib=8, rate=10, disk=True)
         self.program: dict[str, Any] = {
             "name": "kernel",
@@ -86,7 +87,7 @@ class ForeignQemu:
         options |= replaced
         spelled = [word for option, values in options.items() for value in values for word in (option, value)]
         plain = ("-nodefaults", "-no-user-config", "-display", "none", "-vga", "none")
-        return ["qemu-system-x86_64", *plain, *MEMORY[memory], *spelled, *more]
+        return [self.binary, *plain, *MEMORY[memory], *spelled, *more]
 
     def _image(self) -> dict[str, Any]:
         return {"driver": "file", "filename": str(self.root / "disk.img"), "locking": "on"}
@@ -145,9 +146,10 @@ async def open_foreign(
     replaced: Mapping[str, Sequence[str]] | None = None,
     more: Sequence[str] = (),
     beats: bool = True,
+    binary: str = QEMU,
 ) -> AsyncIterator[ForeignQemu]:
     """A guest that runs; ended by force when the block is left."""
-    qemu = ForeignQemu(root)
+    qemu = ForeignQemu(root, binary)
     qemu.start(qemu.arguments(memory, replaced or {}, more))
     try:
         if beats:

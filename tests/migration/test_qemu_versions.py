@@ -14,6 +14,7 @@ import pytest
 
 from tests.hypervisor.qemu_hosts import OTHER_QEMU, QEMU, uses_qemu
 from tests.migration.fleet import Fleet, RunningHost, check, migrate, open_fleet, spec_v3, wait_heartbeats, witnesses
+from tests.migration.foreign_qemu import open_foreign
 from tests.migration.qemu_fleet import QEMU_SETTINGS, VNIC, create_ready, machine, start
 from tests.migration.test_qemu import wait_hashed_again
 
@@ -99,3 +100,20 @@ async def test_a_newer_host_makes_machines_that_an_older_one_takes_when_it_is_to
         assert older.guest(instance).facts["machine_type"] == kind
         await wait_heartbeats(older, instance, 100)
         assert (await check(older, instance))["consistent"]
+
+
+@pytest.mark.parametrize("runs_in", ["older", "newer"])
+async def test_a_guest_in_another_version_of_qemu_is_adopted_and_moves(tmp_path: Path, runs_in: str) -> None:
+    """The host's QEMU was upgraded since somebody started it, or has not been yet."""
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        older, newer = await start_versions(fleet)
+        host, other = (newer, older) if runs_in == "older" else (older, newer)
+        async with open_foreign(tmp_path, binary=other.config.qemu.binary) as foreign:
+            instance = (await foreign.adopt(host))["id"]
+            assert host.guest(instance).facts["hypervisor_version"] == other.hypervisor.capabilities.version
+
+            record = await migrate(host, other, instance, replacements=VNIC, downtime_ms=2000)
+
+            assert record["outcome"] == "moved", record
+            await wait_heartbeats(other, instance, 300)
+            assert (await check(other, instance))["reason"] == ""

@@ -226,7 +226,7 @@ class QemuHypervisor:
         found = await survey.survey(guest.ask, guest.plan, self.settings, guest.process.pid)
         is_ours = version == self.facts.version_text
         there = await anatomy.anatomy(guest.ask, with_board=is_ours)
-        made, differences = await self._compare(guest.plan, stamp, there, files, with_board=is_ours)
+        made, differences = await self._compare(guest.plan, stamp, there, files, same_version=is_ours)
         survey.refuse(monitor, [*found.wrong, *differences])
         return foreign.Foreign(
             guest.process.pid,
@@ -239,7 +239,7 @@ class QemuHypervisor:
         )
 
     async def _compare(
-        self, plan: GuestPlan, stamp: GuestStamp, there: anatomy.Anatomy, files: QemuFiles, *, with_board: bool
+        self, plan: GuestPlan, stamp: GuestStamp, there: anatomy.Anatomy, files: QemuFiles, *, same_version: bool
     ) -> tuple[Mapping[str, str], list[str]]:
         """Make the machine of *plan* here, with nothing behind its devices, and end it again.
 
@@ -266,7 +266,9 @@ class QemuHypervisor:
             assert isinstance(made, QemuGuest)
             pattern_files = self._files(made.process.socket_path)
             await made.in_thread(shutil.copyfile, pattern_files.devices, files.devices)
-            return made.facts, anatomy.differences(there, await anatomy.anatomy(made.ask, with_board=with_board))
+            return made.facts, anatomy.differences(
+                there, await anatomy.anatomy(made.ask, with_board=same_version), same_version=same_version
+            )
         finally:
             await made.destroy()
 

@@ -40,7 +40,7 @@ _NOT_SEEN: Final = frozenset(
         *("type", "id", "drive", "netdev", "chardev", "iothread", "hotplugged", "realized", "parent_bus"),
         *("cyls", "heads", "secs", "bios-chs-trans", "share-rw", "rerror", "werror", "discard_granularity"),
         *("addr", "host_mtu", "apic-id", "legacy-instance-id", "wakeup-supported", "hotpluggable", "opt_io_size"),
-        *("x-pcie-lnksta-dllla", "tx", "x-txtimer", "x-txburst"),
+        *("x-pcie-lnksta-dllla", "tx", "x-txtimer", "x-txburst", "rombar"),
         "smb_io_base",  # where firmware put it
     }
 )
@@ -78,13 +78,19 @@ async def anatomy(ask: Ask, *, with_board: bool = True) -> Anatomy:
         raise HypervisorError(f"QEMU's answers are none: {exc!r}", code="qemu_protocol") from exc
 
 
-def differences(there: Anatomy, wanted: Anatomy) -> list[str]:
+def differences(there: Anatomy, wanted: Anatomy, *, same_version: bool = True) -> list[str]:
     """What *there* is not as *wanted*, a line each. Parts that are missing, or too many, are told without what they
-    are made of."""
+    are made of.
+
+    Args:
+        same_version: Of QEMU. Otherwise what only one of them lets be chosen is as the machine type has it, in both.
+    """
     told = []
     for key in sorted(there.keys() | wanted.keys()):
         part = key.partition(", ")[0]
-        if part != key and (part in there) != (part in wanted):
+        if part != key and (
+            (part in there) != (part in wanted) or (not same_version and key not in there.keys() & wanted)
+        ):
             continue
         is_there, should_be = there.get(key), wanted.get(key)
         if is_there == should_be:
