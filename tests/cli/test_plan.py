@@ -57,7 +57,15 @@ def test_plan_says_to_people_what_a_migration_would_be_like(fleet: Fleet, tmp_pa
 
     assert done.code == Exit.OK, done.err
     lines = done.out.splitlines()
-    assert [line.split()[0] for line in lines] == ["converges:", "pause", "guest", "link", "confidence", "nothing"]
+    assert [line.split()[0] for line in lines] == [
+        "converges:",
+        "pause",
+        "guest",
+        "pages",
+        "link",
+        "confidence",
+        "nothing",
+    ]
     assert lines[1].endswith("; allowed are 5000")
     assert lines[-1] == "nothing was moved"
     assert done.err == ""

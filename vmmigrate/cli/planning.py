@@ -16,6 +16,10 @@ from vmmigrate.cli.output import complain, print_json
 from vmmigrate.net.tls import TlsFiles
 
 _MIB: Final = 1 << 20
+_TOLD_BY: Final = {
+    "tracker": "that it writes are told by the kernel (tracker)",
+    "stream": "that it writes are told by its QEMU's own migration (stream)",
+}
 _KEPT: Final = ("migration_id", "instance_id", "peers", "negotiated", "error", "plan")
 
 
@@ -28,7 +32,7 @@ def run(from_url: str, to_url: str, files: TlsFiles, order: Order, *, as_json: b
         document = {name: record[name] for name in _KEPT}
         print_json({**document, "error": None if planned else record["error"]})
     elif planned:
-        print("\n".join(lines_of(record["plan"])))
+        print("\n".join(lines_of(record["plan"], record["negotiated"].get("page_source"))))
     else:
         error = record["error"] or {"message": "no reason was given", "code": "unknown"}
         complain(f"{error['message']} [{error['code']}]; nothing was planned, and nothing moved")
@@ -40,8 +44,8 @@ async def _plan(from_url: str, to_url: str, files: TlsFiles, order: Order) -> Re
         return await watched(source, destination, order, lambda record: None)
 
 
-def lines_of(plan: Mapping[str, Any]) -> Iterator[str]:
-    """A plan for people."""
+def lines_of(plan: Mapping[str, Any], page_source: str | None) -> Iterator[str]:
+    """A plan for people. *page_source*: who tells what the guest writes."""
     rounds, size = plan["rounds"], plan["ram_bytes"] / _MIB
     if plan["converges"]:
         yield f"converges: {size:.0f} MiB in {rounds} rounds and {plan['total_s']:.2f} s"
@@ -57,6 +61,8 @@ def lines_of(plan: Mapping[str, Any]) -> Iterator[str]:
         f"guest      writes {plan['dirty_rate_bytes_per_s'] / _MIB:.1f} MiB/s,"
         f" {plan['working_set_bytes'] / _MIB:.1f} MiB of its RAM again and again"
     )
+    if page_source is not None:  # a host of an earlier release does not say
+        yield f"pages      {_TOLD_BY.get(page_source, f'that it writes are told by {page_source}')}"
     yield f"link       {plan['rate_bytes_per_s'] / _MIB:.0f} MiB/s of RAM"
     confidence = plan["confidence"]
     yield (
