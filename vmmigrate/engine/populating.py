@@ -3,6 +3,7 @@
 The first write to a page of new memory costs more than receiving it: the kernel finds a page, zeroes it and maps it,
 4 KiB at a time. Populating does that for ranges, beside the threads that receive, and in huge pages where the kernel
 gives them. Only what the source says was ever touched is populated, and only as long as this host has the memory.
+Where pages can be filled (`GuestRam.fill`) that is cheaper than both, and nothing is populated.
 
 A page that was populated and then not sent (it holds zeros at the source) is given back, so that what is sparse stays
 sparse. That is done when a round has landed and before the source is told so: between the two nothing lands.
