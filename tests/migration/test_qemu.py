@@ -36,7 +36,7 @@ async def test_a_qemu_guest_moves_there_and_back_and_is_as_it_was(tmp_path: Path
         instance = await create_ready(alpha, machine(tmp_path), disk=True)
 
         for here, there in ((alpha, beta), (beta, alpha)):
-            record = await migrate(here, there, instance, verify="full", replacements=VNIC)
+            record = await migrate(here, there, instance, verify="full", replacements=VNIC, downtime_ms=2000)
 
             assert record["outcome"] == "moved", record
             assert record["digest"]["source"] == record["digest"]["destination"] != ""
@@ -132,7 +132,7 @@ async def test_a_restarted_daemon_finds_its_qemu_guest_and_moves_it(tmp_path: Pa
         alpha = await start(fleet, "alpha")
 
         assert (await alpha.instance(instance))["state"] == "running"
-        assert (await migrate(alpha, beta, instance, replacements=VNIC))["outcome"] == "moved"
+        assert (await migrate(alpha, beta, instance, replacements=VNIC, downtime_ms=2000))["outcome"] == "moved"
 
         await wait_heartbeats(beta, instance)
         assert (await check(beta, instance))["consistent"]
@@ -147,7 +147,7 @@ async def test_an_instance_that_boots_from_its_disk_needs_no_program(tmp_path: P
         alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
         instance = await create(alpha, machine(tmp_path))
 
-        record = await migrate(alpha, beta, instance, replacements=VNIC)
+        record = await migrate(alpha, beta, instance, replacements=VNIC, downtime_ms=2000)
 
         assert record["outcome"] == "moved", record
         assert (await beta.instance(instance))["state"] == "running"

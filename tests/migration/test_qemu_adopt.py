@@ -61,7 +61,7 @@ async def test_ram_that_was_qemus_own_is_not_hashed_once_more_and_the_record_say
         instance = (await foreign.adopt(alpha))["id"]
         ram = alpha.guest(instance).ram
 
-        record = await migrate(alpha, beta, instance, replacements=VNIC)
+        record = await migrate(alpha, beta, instance, replacements=VNIC, downtime_ms=2000)
 
         assert record["outcome"] == "moved", record["error"]
         assert ram.is_copied
@@ -81,7 +81,7 @@ async def test_a_restarted_daemon_finds_a_guest_that_it_adopted_and_moves_it(roo
 
         assert (await alpha.instance(instance))["state"] == "running"
         await wait_heartbeats(alpha, instance)
-        record = await migrate(alpha, beta, instance, replacements=VNIC)
+        record = await migrate(alpha, beta, instance, replacements=VNIC, downtime_ms=2000)
         assert record["outcome"] == "moved", record["error"]
         await wait_heartbeats(beta, instance, 100)
         assert (await check(beta, instance)).get("reason") == ""
@@ -95,7 +95,7 @@ async def test_a_paused_guest_is_adopted_paused_and_arrives_paused(root: Path) -
         instance = (await foreign.adopt(alpha))["id"]
 
         assert (await alpha.instance(instance))["state"] == "paused"
-        record = await migrate(alpha, beta, instance, replacements=VNIC)
+        record = await migrate(alpha, beta, instance, replacements=VNIC, downtime_ms=2000)
         assert record["outcome"] == "moved", record["error"]
         assert (await beta.guest(instance).status()).run_state is RunState.PAUSED
         await beta.client.post(f"/v1/instances/{instance}:start")
@@ -111,7 +111,7 @@ async def test_what_its_owner_chose_for_qemus_own_migrations_does_not_count_any_
 
         instance = (await foreign.adopt(alpha))["id"]
 
-        record = await migrate(alpha, beta, instance, replacements=VNIC)
+        record = await migrate(alpha, beta, instance, replacements=VNIC, downtime_ms=2000)
         assert record["outcome"] == "moved", record["error"]
         await wait_heartbeats(beta, instance, 100)
         assert (await check(beta, instance)).get("reason") == ""

@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 _PROGRESS_S: Final = 0.1
 _HASH_SAMPLE_BYTES: Final = 4 * MIB
 _REHEARSALS: Final = 3
+_MOST_REHEARSALS: Final = 5
 _LAST_PART: Final = 3  # of RAM: a third
 
 
@@ -280,7 +281,7 @@ def is_last_part(guest: Guest) -> bool:
 
 
 async def _check_a_pause_is_possible(agreed: Agreed, copy: Copy, migration: SourceMigration) -> None:
-    for _ in range(2):
+    for _ in range(_MOST_REHEARSALS):
         copy.judge.fixed_s = _fixed_s(copy, migration)
         if copy.judge.forecast(0).total_s <= migration.steering.limits.downtime_s:
             return
@@ -419,14 +420,18 @@ async def let_go(judge: Convergence, migration: SourceMigration) -> None:
 
 def _will_not_converge(copy: Copy, migration: SourceMigration) -> ConvergenceError:
     assert copy.pending is not None
-    dirty = copy.pending.count()
-    pause_s = copy.judge.forecast(dirty).total_s
-    if copy.judge.forecast(0).total_s > migration.steering.limits.downtime_s:
+    dirty, allowed_s = copy.pending.count(), migration.steering.limits.downtime_s
+    least_s = copy.judge.forecast(0).total_s
+    if least_s > allowed_s:
         # What was learnt forbids every move to that host, and without one nothing new would be learnt.
         migration.history.beside_s.forget()
+        return ConvergenceError(
+            f"with nothing left to send the pause would still last about {least_s:.2f} s, allowed is {allowed_s:g} s"
+        )
+    pause_s = copy.judge.forecast(dirty).total_s
     return ConvergenceError(
         f"after {copy.number - 1} rounds {dirty} pages are dirty; the pause would last about {pause_s:.2f} s, allowed"
-        f" is {migration.steering.limits.downtime_s:g} s"
+        f" is {allowed_s:g} s"
     )
 
 
