@@ -37,7 +37,8 @@ CPU         seconds of both QEMUs without their virtual processors, and of both 
             start of the destination's QEMU in it, and the hash of what stayed behind; QEMU's has neither
 sent        as each tells it: pages with their headers, without TLS and without the state of devices
 right       moves after which no letter was missing or came twice, and the guest found all of its memory as it had
-            written it. When one of ours is not, the bench fails; QEMU's are counted
+            written it. When one of ours is not, the bench fails; QEMU's are counted. A move that ours calls off, since it
+            cannot promise the pause that is wanted, is counted as not right
 
 In `runs` of `--json` is more: the CPU seconds by process, the parts of our pause, and for how long at most the process
 that looks was not run itself, by which pauses may be off (`blind_ms`).
@@ -77,7 +78,7 @@ import trio
 
 from tools.bench_consoles import Heard, Watcher, open_watcher
 from tools.bench_native import SHORT_BYTES, NativeGuest, NativeHost, NativeWay, open_native, plan_of
-from tools.bench_qemu_site import OurGuest, QemuPair, open_qemu_pair
+from tools.bench_qemu_site import NotMovedError, OurGuest, QemuPair, open_qemu_pair
 from tools.faults.site import end_guests
 from vmmigrate.hypervisor.dirty import probe_kernel_tracking
 from vmmigrate.hypervisor.qemu import tracker
@@ -261,8 +262,13 @@ async def runs_of(stage: Stage, workload: str, downtime_ms: int) -> AsyncIterato
         for mode in (*plan.modes[first:], *plan.modes[:first]):
             if mode.guest not in guests:
                 guests[mode.guest] = await stage.boot(mode, workload)
-            run = await stage.move(guests[mode.guest], mode, downtime_ms)
             where = {"mode": mode.name, "workload": workload, "wanted_pause_ms": downtime_ms, "rep": rep}
+            try:
+                run = await stage.move(guests[mode.guest], mode, downtime_ms)
+            except NotMovedError as exc:
+                await guests[mode.guest].hold()
+                yield {**where, **stage.facts, "not_moved": str(exc)}
+                continue
             yield {**where, **stage.facts, **run}
             if not run["consistent"]:
                 if mode.native is None:
@@ -304,6 +310,12 @@ async def measure(plan: Plan, root: Path) -> list[dict[str, Any]]:
         for workload, downtime_ms in plan.parts:
             async for run in runs_of(stage, workload, downtime_ms):
                 runs.append(run)
+                if "not_moved" in run:
+                    print(
+                        f"{workload}, {downtime_ms} ms, {run['mode']}, {run['rep']}: {run['not_moved']}",
+                        file=sys.stderr,
+                    )
+                    continue
                 right = "right" if run["consistent"] else run["wrong"]
                 told = f"{run['total_ms']:.0f} ms, pause {run['gap_ms']:.1f} ms, {right}"
                 print(f"{workload}, {downtime_ms} ms, {run['mode']}, {run['rep']}: {told}", file=sys.stderr)
@@ -337,14 +349,19 @@ def parts_of(runs: Sequence[dict[str, Any]]) -> list[Part]:
 
 
 def chosen(runs: Sequence[dict[str, Any]], mode: str, part: Part) -> list[dict[str, Any]]:
-    mine = [run for run in runs if (run["mode"], run["workload"], run["wanted_pause_ms"]) == (mode, *part)]
+    """Those that moved it."""
+    mine = [run for run in of_part(runs, mode, part) if "not_moved" not in run]
     return sorted(mine, key=lambda run: run["rep"])
+
+
+def of_part(runs: Sequence[dict[str, Any]], mode: str, part: Part) -> list[dict[str, Any]]:
+    return [run for run in runs if (run["mode"], run["workload"], run["wanted_pause_ms"]) == (mode, *part)]
 
 
 def ratio_of(runs: Sequence[dict[str, Any]], figure: str, mode: str, base: str, part: Part) -> float | None:
     """Median over neighbours in time."""
-    pairs = zip(chosen(runs, mode, part), chosen(runs, base, part), strict=False)
-    ratios = [mine[figure] / theirs[figure] for mine, theirs in pairs]
+    theirs = {run["rep"]: run[figure] for run in chosen(runs, base, part)}
+    ratios = [run[figure] / theirs[run["rep"]] for run in chosen(runs, mode, part) if run["rep"] in theirs]
     return round(statistics.median(ratios), 3) if ratios else None
 
 
@@ -395,7 +412,9 @@ def print_table(runs: Sequence[dict[str, Any]], plan: Plan) -> None:
 
 
 def cells_of(mode: str, part: Part, runs: Sequence[dict[str, Any]]) -> list[str]:
-    mine = chosen(runs, mode, part)
+    mine, tried = chosen(runs, mode, part), len(of_part(runs, mode, part))
+    if not mine:
+        return ["-"] * (len(COLUMNS) - 1) + [f"0/{tried}"]
 
     def median(figure: str, digits: int = 0, unit: float = 1) -> str:
         return f"{statistics.median(run[figure] for run in mine) / unit:.{digits}f}"
@@ -411,7 +430,7 @@ def cells_of(mode: str, part: Part, runs: Sequence[dict[str, Any]]) -> list[str]
         median("cpu_s", 2),
         median("sent_bytes", unit=MIB),
         median("rounds"),
-        f"{sum(run['consistent'] for run in mine)}/{len(mine)}",
+        f"{sum(run['consistent'] for run in mine)}/{tried}",
     ]
 
 
