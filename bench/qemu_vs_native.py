@@ -37,8 +37,8 @@ CPU         seconds of both QEMUs without their virtual processors, and of both 
             start of the destination's QEMU in it, and the hash of what stayed behind; QEMU's has neither
 sent        as each tells it: pages with their headers, without TLS and without the state of devices
 right       moves after which no letter was missing or came twice, and the guest found all of its memory as it had
-            written it. When one of ours is not, the bench fails; QEMU's are counted. A move that ours calls off, since it
-            cannot promise the pause that is wanted, is counted as not right
+            written it. When one of ours is not, the bench fails; QEMU's are counted. A move that ours calls off, since
+            it cannot promise the pause that is wanted, is counted as not right
 
 In `runs` of `--json` is more: the CPU seconds by process, the parts of our pause, and for how long at most the process
 that looks was not run itself, by which pauses may be off (`blind_ms`).

@@ -28,7 +28,12 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class InstanceDocument:
-    """What an instance is. `overrides` and `program` are those of the request that created it."""
+    """What an instance is. `overrides` and `program` are those of the request that created it.
+
+    Attributes:
+        is_adopting: Its guest runs in a QEMU that something else started, and the journal does not know it yet: it must
+            not be started, or there would be two.
+    """
 
     instance_id: str
     spec: InstanceSpec
@@ -37,6 +42,7 @@ class InstanceDocument:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     program: Mapping[str, Any] = field(default_factory=lambda: {"name": "idle"})
     blobs: Mapping[str, bytes] = field(default_factory=dict)
+    is_adopting: bool = False
 
     def properties(self) -> dict[str, str]:
         """What of it travels in the preamble beside the spec."""
@@ -181,6 +187,7 @@ def _plain_document(kept: InstanceDocument) -> dict[str, Any]:
         "overrides": dict(kept.overrides),
         "program": dict(kept.program),
         "blobs": {name: blob.hex() for name, blob in kept.blobs.items()},
+        **({"is_adopting": True} if kept.is_adopting else {}),
     }
 
 
@@ -193,6 +200,7 @@ def _document(plain: Mapping[str, Any]) -> InstanceDocument:
         overrides=plain["overrides"],
         program=plain["program"],
         blobs={name: bytes.fromhex(blob) for name, blob in plain["blobs"].items()},
+        is_adopting=bool(plain.get("is_adopting")),
     )
 
 

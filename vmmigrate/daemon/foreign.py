@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import structlog
 import trio
 
 from vmmigrate.api.models import AdoptInstance
-from vmmigrate.daemon.host import Host
+from vmmigrate.daemon.host import Host, Instance
 from vmmigrate.hypervisor.base import GuestStamp
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.requests import Request
@@ -28,8 +29,9 @@ async def adopt(host: Host, request: AdoptInstance, spec: chain.AnySpec) -> dict
     monitor = Path(request.monitor)
     if not request.id:
         known = await host.hypervisor.identity_of(monitor)
-        request = request.model_copy(update={"id": known or f"adopted-{secrets.token_hex(6)}"})
-    await host.register(request, spec, {})
+        chosen = {**request.model_dump(), "id": known or f"adopted-{secrets.token_hex(6)}"}
+        request = AdoptInstance.model_validate(chosen)
+    await host.register(request, spec, {}, is_adopting=True)
     try:
         await _take_over(host, request.id, monitor, request.pid)
     except BaseException:
@@ -51,8 +53,31 @@ async def _take_over(host: Host, instance_id: str, monitor: Path, pid: int | Non
         except BaseException:
             with trio.CancelScope(shield=True):
                 try:
-                    await host.journal.commit(rules.Stop(instance_id))
-                finally:
+                    # First: what the journal calls a leftover is ended by the next daemon.
                     await host.hypervisor.give_back(guest)
+                finally:
+                    await host.journal.commit(rules.Stop(instance_id))
             raise
         host.watch(instance, guest)
+        await _is_adopted(host, instance)
+
+
+async def _is_adopted(host: Host, instance: Instance) -> None:
+    instance.document = replace(instance.document, is_adopting=False)
+    await trio.to_thread.run_sync(host.documents.save_instance, instance.document)
+
+
+async def finish_adoptions(host: Host) -> None:
+    """After a restart: an adoption that the last daemon did not finish never was, and its guest was given back.
+
+    Raises: JournalError, StorageError.
+    """
+    for instance_id, instance in list(host.instances.items()):
+        known = host.journal.state.instances.get(instance_id)
+        if not instance.document.is_adopting or known is None:
+            continue
+        if known.guest is not None or instance_id in host.indeterminate:
+            await _is_adopted(host, instance)
+        else:
+            log.warning("instance.not_adopted", instance=instance_id)
+            await host.delete(instance_id)

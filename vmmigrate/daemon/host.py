@@ -313,7 +313,9 @@ class Host:
                 raise
         return await self.describe(request.id)
 
-    async def register(self, request: NewInstance, spec: chain.AnySpec, blobs: Mapping[str, bytes]) -> None:
+    async def register(
+        self, request: NewInstance, spec: chain.AnySpec, blobs: Mapping[str, bytes], *, is_adopting: bool = False
+    ) -> None:
         """Make an instance that has no guest. Raises: SpecError, UsageError, RequestError; then nothing was made."""
         document = InstanceDocument(
             instance_id=request.id,
@@ -323,6 +325,7 @@ class Host:
             overrides=request.overrides.model_dump(exclude_none=True),
             program=request.program,
             blobs=blobs,
+            is_adopting=is_adopting,
         )
         self.check(document, 0)
         self.check_determinate(request.id)
@@ -345,6 +348,9 @@ class Host:
             if instance.guest is not None:
                 await instance.guest.run(known.epoch)
                 return
+            if instance.document.is_adopting:
+                text = f"instance {instance_id}: its guest runs in a QEMU that has not been adopted"
+                raise RequestError(text, code="adoption_unfinished")
             plan = self.check(instance.document, 0)
             guest = await self._spawn(instance.document, plan, known.epoch, None)
             try:

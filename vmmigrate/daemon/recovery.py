@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 import structlog
 
 from vmmigrate.daemon.adoption import find_guests, renew_older_copy
+from vmmigrate.daemon.foreign import finish_adoptions
 from vmmigrate.daemon.host import Host, Instance, process_of
 from vmmigrate.daemon.migrations import Migrations
 from vmmigrate.engine.frozen import PENDING, not_hashed
@@ -51,6 +52,7 @@ async def recover(host: Host, migrations: Migrations) -> None:
         raise
     for instance_id in list(host.instances):
         await host.give_way(instance_id)
+    await finish_adoptions(host)
     recovery.note_unsaved()
 
 

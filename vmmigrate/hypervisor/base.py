@@ -227,10 +227,12 @@ class GuestRam(Protocol):
     """A guest's RAM as the daemon maps it: one file, regions one after the other (`RamLayout`).
 
     Attributes:
+        file: Device and inode of the file.
         is_copied: The guest's process has it for itself: here it is read after `fetch`, and is gone with the process.
     """
 
     layout: RamLayout
+    file: tuple[int, int]
     is_copied: bool
 
     @property

@@ -56,6 +56,8 @@ _PIECE_PAGES = 256
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
+_F_SEAL_SHRINK, _F_SEAL_GROW = 2, 4
 _PROT_READ, _PROT_WRITE = 1, 2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x01, 0x02, 0x10, 0x20, 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -217,6 +219,19 @@ def read_process(pid: int, source: int, target: int, runs: Runs) -> None:
             raise _os_error("process_vm_readv")
         if got != wanted:
             raise OSError(errno.EFAULT, f"process_vm_readv: {got} bytes of {wanted}")
+
+
+def is_sealed_against_shrinking(fd: int) -> bool:
+    """Whether a file is a memfd that can never become shorter."""
+    try:
+        return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK)
+    except OSError:
+        return False
+
+
+def seal_size(fd: int) -> None:
+    """Let a memfd (made with MFD_ALLOW_SEALING) neither grow nor shrink any more."""
+    fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
 
 
 def punch_holes(fd: int, runs: Iterable[tuple[int, int]]) -> None:

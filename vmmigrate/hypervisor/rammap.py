@@ -40,6 +40,7 @@ class MappedRam:
     Attributes:
         layout: Its regions, one after the other in the file.
         file: Device and inode of the file.
+        cannot_shrink: Nobody can make it shorter. Otherwise whoever reads beyond its end is killed.
     """
 
     is_copied = False
@@ -50,6 +51,7 @@ class MappedRam:
             raise HypervisorError(f"guest RAM has {status.st_size} bytes, not {layout.size_bytes}")
         self.layout = layout
         self.file = (status.st_dev, status.st_ino)
+        self.cannot_shrink = kernel.is_sealed_against_shrinking(fd)
         self._fd = fd
         self._closing = threading.Lock()
         self._writable = writable
@@ -202,13 +204,14 @@ class CopiedRam(MappedRam):
     Attributes:
         pid: The process.
         address: Where RAM lies in it.
+        shared: Device and inode, when it is a file, all the same.
     """
 
     is_copied = True
 
-    def __init__(self, pid: int, address: int, layout: RamLayout) -> None:
+    def __init__(self, pid: int, address: int, layout: RamLayout, *, shared: tuple[int, int] | None = None) -> None:
         """Raises: OSError: that process cannot be looked at."""
-        self.pid, self.address = pid, address
+        self.pid, self.address, self.shared = pid, address, shared
         self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         fd = -1
         try:
@@ -223,14 +226,17 @@ class CopiedRam(MappedRam):
 
     def populated(self) -> PageBitmap:
         """Pages that hold anything; all of them, where the kernel cannot tell."""
+        whole = np.asarray([(0, self.layout.pages)], dtype=np.int64)
         with self._closing:
             self._mapped()
+            if self.shared is not None:  # what is swapped out, or not mapped, is not seen in a process' tables
+                return PageBitmap.from_runs(self.layout.pages, whole)
             try:
                 runs = kernel.pages_there(self._pagemap, self.address, self.layout.size_bytes)
             except OSError as exc:
                 if exc.errno != errno.ENOTTY:
                     raise self._unread(exc) from exc
-                runs = np.asarray([(0, self.layout.pages)], dtype=np.int64)
+                runs = whole
         return PageBitmap.from_runs(self.layout.pages, runs)
 
     def fetch(self, runs: Runs) -> None:

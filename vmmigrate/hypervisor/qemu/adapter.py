@@ -46,6 +46,7 @@ from vmmigrate.hypervisor.qemu import (
     tracker,
 )
 from vmmigrate.hypervisor.qemu.files import QemuFiles
+from vmmigrate.hypervisor.qemu.foreignguest import ForeignGuest
 from vmmigrate.hypervisor.qemu.guest import QemuGuest
 from vmmigrate.hypervisor.qemu.pagestream import PageStream, loses_writes
 from vmmigrate.hypervisor.qemu.qmp import Qmp, text_of
@@ -163,9 +164,11 @@ class QemuHypervisor:
         if watch is None:
             await trio.to_thread.run_sync(files.remove, limiter=self._threads)
             return None
-        guest = self._guest(plan, watch, files)
+        if await self._is_given_back(process):
+            watch.close()
+            return None
+        guest = self._guest(plan, watch, files, await self._known_foreign(files))
         try:
-            guest.foreign = await trio.to_thread.run_sync(foreign.load, files, limiter=self._threads)
             ram = await guest.in_thread(_ram_of, guest)
             with self._in_time(plan.instance_id):
                 await self._attach(guest, ram, adopted=True)
@@ -181,61 +184,77 @@ class QemuHypervisor:
         return guest
 
     async def adopt_foreign(self, plan: GuestPlan, stamp: GuestStamp, monitor: Path, pid: int | None) -> Guest:
-        files = self._files(self.runtime_dir / secrets.token_hex(processes.TOKEN_BYTES) / "qmp")
-        survey.check_allowed(monitor, self.settings.monitors)
-        await trio.to_thread.run_sync(takeover.link_monitor, files, monitor, limiter=self._threads)
-        try:
-            pid = pid or survey.listening_pid(monitor)
-            watch = await trio.to_thread.run_sync(_process_of, pid, limiter=self._threads)
-        except BaseException:
-            await trio.to_thread.run_sync(files.remove, limiter=self._threads)
-            raise
-        guest = self._guest(plan, watch, files)
-        is_ours = False
+        guest = await self._claimed(plan, stamp, monitor, pid)
         try:
             with self._in_time(plan.instance_id):
-                guest.foreign = await self._recognise(guest, files, stamp, monitor)
-                is_ours = True
+                files = self._files(guest.process.socket_path)
+                guest.foreign = await self._recognise(guest, stamp, monitor)
                 await guest.in_thread(takeover.make_files, plan, files, stamp)
-                await guest.in_thread(guest.foreign.save, files)
-                await self._attach(guest, await guest.in_thread(guest.foreign.map_ram, plan.layout), adopted=False)
-                booted_ns = guest.process.start_ticks * NS_PER_S // os.sysconf("SC_CLK_TCK")
-                await guest.take_over(
-                    Remembered(stamp, stamp.epoch, ran=stamp.epoch, is_open=True, booted_ns=booted_ns)
-                )
+                await self._attach(guest, await guest.in_thread(_ram_of, guest), adopted=False)
+                await guest.take_over()
         except BaseException:
-            if is_ours:
-                await guest.give_back()
-            else:
-                guest.detach()
-                await trio.to_thread.run_sync(files.remove, limiter=self._threads)
+            await guest.give_back()
             raise
         return guest
 
-    async def _recognise(self, guest: QemuGuest, files: QemuFiles, stamp: GuestStamp, monitor: Path) -> foreign.Foreign:
+    async def _claimed(self, plan: GuestPlan, stamp: GuestStamp, monitor: Path, pid: int | None) -> ForeignGuest:
+        """The guest at a monitor, with nobody else's claim to it. Raises: HypervisorError, SpecCreatableError."""
+        await survey.check_allowed(monitor, self.settings.monitors)
+        files = self._files(self.runtime_dir / secrets.token_hex(processes.TOKEN_BYTES) / "qmp")
+        await trio.to_thread.run_sync(takeover.link_monitor, files, monitor, limiter=self._threads)
+        qmp = Qmp(files.monitor)
+        try:
+            pid = pid or await self._open_monitor(qmp, monitor)
+            watch = await trio.to_thread.run_sync(_process_of, pid, limiter=self._threads)
+        except BaseException:
+            qmp.close()
+            await trio.to_thread.run_sync(files.remove, limiter=self._threads)
+            raise
+        start_ticks = kernel.start_ticks_of(watch.pid) or 0
+        owner = [stamp.instance_id, stamp.host_id]
+        known = foreign.Foreign(watch.pid, start_ticks, owner, ram_bytes=plan.layout.size_bytes)
+        guest = self._guest(plan, watch, files, known)
+        assert isinstance(guest, ForeignGuest)
+        guest.qmp = qmp
+        booted_ns = start_ticks * NS_PER_S // os.sysconf("SC_CLK_TCK")
+        try:
+            memory = Remembered(stamp, stamp.epoch, ran=stamp.epoch, is_open=True, booted_ns=booted_ns)
+            with self._in_time(plan.instance_id):
+                await guest.claim(memory)
+        except BaseException:
+            await guest.give_back()
+            raise
+        return guest
+
+    async def _open_monitor(self, qmp: Qmp, monitor: Path) -> int:
+        """Which process is behind a monitor. Raises: HypervisorError `monitor`, `monitor_busy`."""
+        with trio.move_on_after(self._request_deadline_s):
+            try:
+                await qmp.open()
+                return qmp.peer_pid
+            except (OSError, EOFError) as exc:
+                raise HypervisorError(f"monitor {monitor}: {exc or 'it hangs up'}", code="monitor") from exc
+        raise survey.busy(monitor)
+
+    async def _recognise(self, guest: ForeignGuest, stamp: GuestStamp, monitor: Path) -> foreign.Foreign:
         """Whether the machine there is that of the plan, and where its parts are.
 
-        Raises: HypervisorError `monitor_busy`; SpecCreatableError `not_that_machine`: all that differs.
+        Raises: SpecCreatableError `not_that_machine`: all that differs.
         """
-        try:
-            version = await inspecting.version(guest.ask)
-        except HypervisorError as exc:
-            if exc.code != "guest_unresponsive":
-                raise
-            raise survey.busy(monitor) from exc
+        version = await inspecting.version(guest.ask)
         found = await survey.survey(guest.ask, guest.plan, self.settings, guest.process.pid)
         is_ours = version == self.facts.version_text
         there = await anatomy.anatomy(guest.ask, with_board=is_ours)
+        files = self._files(guest.process.socket_path)
         made, differences = await self._compare(guest.plan, stamp, there, files, same_version=is_ours)
         survey.refuse(monitor, [*found.wrong, *differences])
-        return foreign.Foreign(
-            guest.process.pid,
-            guest.process.start_ticks,
-            found.ram_address,
-            found.ram_fd,
-            found.nodes,
-            found.ports,
-            {**made, "hypervisor_version": version},
+        return replace(
+            guest.foreign,
+            ram_address=found.ram_address,
+            ram_fd=found.ram_fd,
+            nodes=found.nodes,
+            ports=found.ports,
+            facts={**made, "hypervisor_version": version},
         )
 
     async def _compare(
@@ -273,28 +292,36 @@ class QemuHypervisor:
             await made.destroy()
 
     async def identity_of(self, monitor: Path) -> str | None:
-        survey.check_allowed(monitor, self.settings.monitors)
-        with contextlib.closing(Qmp(monitor)) as qmp, trio.move_on_after(self._request_deadline_s):
-            try:
-                found = text_of(await qmp.execute("query-uuid"), "UUID")
-            except (OSError, EOFError) as exc:
-                raise HypervisorError(f"monitor {monitor}: {exc}", code="monitor") from exc
-            return None if found == _NO_UUID else found
+        await survey.check_allowed(monitor, self.settings.monitors)
+        with contextlib.closing(Qmp(monitor)) as qmp:
+            await self._open_monitor(qmp, monitor)
+            with trio.move_on_after(self._request_deadline_s):
+                try:
+                    told = uuid.UUID(text_of(await qmp.execute("query-uuid"), "UUID"))
+                except (OSError, EOFError) as exc:
+                    raise HypervisorError(f"monitor {monitor}: {exc or 'it hangs up'}", code="monitor") from exc
+                except ValueError as exc:
+                    raise HypervisorError(f"monitor {monitor}: no UUID: {exc}", code="qemu_protocol") from exc
+                return str(told) if told.int else None
         raise survey.busy(monitor)
 
     async def give_back(self, guest: Guest) -> None:
-        assert isinstance(guest, QemuGuest)
+        assert isinstance(guest, ForeignGuest)
         await guest.give_back()
 
     async def find_others(self, known: Collection[Path]) -> Sequence[FoundGuest]:
         found: list[FoundGuest] = []
 
         async def look_at(monitor: Path) -> None:
-            guest = await trio.to_thread.run_sync(self._unknown, monitor, limiter=self._threads)
+            try:
+                guest = await trio.to_thread.run_sync(self._unknown, monitor, limiter=self._threads)
+            except VmMigrateError as exc:
+                log.error("guest.unidentified", socket=str(monitor), code=exc.code, why=exc.text)
+                return
             if guest is None:
                 return
             try:
-                if guest.foreign is not None and not await guest.is_in_a_journal():
+                if isinstance(guest, ForeignGuest) and not await self._stays(guest):
                     log.warning("guest.given_back", socket=str(monitor), pid=guest.process.pid)
                     await guest.give_back()
                     return
@@ -310,6 +337,11 @@ class QemuHypervisor:
                     nursery.start_soon(look_at, monitor)
         return found
 
+    async def _stays(self, guest: ForeignGuest) -> bool:
+        """Whether a guest of a QEMU that something else started is ours."""
+        given_back = self._files(guest.process.socket_path).given_back
+        return not await trio.Path(given_back).exists() and await guest.is_in_a_journal()
+
     def _unknown(self, monitor: Path) -> QemuGuest | None:
         """A guest of which only the directory is known; what a dead one left behind is removed. Blocking."""
         files = self._files(monitor)
@@ -319,15 +351,15 @@ class QemuHypervisor:
         if watch is None:
             files.remove()
             return None
-        guest = self._guest(_NO_PLAN, watch, files)
-        guest.foreign = foreign.load(files)
-        return guest
+        return self._guest(_NO_PLAN, watch, files, foreign.load(files))
 
     async def silence(self, process: GuestProcess, epoch: tuple[int, int], record: int) -> bool:
+        files = self._files(process.socket_path)
+        known = await self._known_foreign(files)
         watch = await trio.to_thread.run_sync(processes.find, process.pid, process.start_ticks, limiter=self._threads)
         if watch is None:
             return False
-        guest = self._guest(_NO_PLAN, watch, self._files(process.socket_path))
+        guest = self._guest(_NO_PLAN, watch, files, known)
         try:
             await guest.silence(epoch, record)
             return True
@@ -339,17 +371,34 @@ class QemuHypervisor:
             guest.detach()
 
     async def end_leftover(self, process: GuestProcess) -> bool:
+        if await self._is_given_back(process):
+            return False
         was_there = await trio.to_thread.run_sync(processes.end_process, process, limiter=self._threads)
         files = self._files(process.socket_path)
         if files.directory.parent == self.runtime_dir:
             await trio.to_thread.run_sync(files.remove, limiter=self._threads)
         return was_there
 
+    async def _is_given_back(self, process: GuestProcess) -> bool:
+        """Whether that process is none of ours any more; what was left undone of that is done."""
+        if not await trio.Path(self._files(process.socket_path).given_back).exists():
+            return False
+        guest = await trio.to_thread.run_sync(self._unknown, process.socket_path, limiter=self._threads)
+        if isinstance(guest, ForeignGuest):
+            await guest.give_back()
+        return True
+
     def _files(self, monitor: Path) -> QemuFiles:
         return QemuFiles(monitor.parent, self._witness_dir)
 
-    def _guest(self, plan: GuestPlan, watch: processes.ProcessWatch, files: QemuFiles) -> QemuGuest:
-        return QemuGuest(
+    async def _known_foreign(self, files: QemuFiles) -> foreign.Foreign | None:
+        return await trio.to_thread.run_sync(foreign.load, files, limiter=self._threads)
+
+    def _guest(
+        self, plan: GuestPlan, watch: processes.ProcessWatch, files: QemuFiles, known: foreign.Foreign | None = None
+    ) -> QemuGuest:
+        kind = QemuGuest if known is None else partial(ForeignGuest, known)
+        return kind(
             plan=plan,
             process=GuestProcess(watch.pid, kernel.start_ticks_of(watch.pid) or 0, files.monitor),
             watch=watch,
@@ -365,7 +414,7 @@ class QemuHypervisor:
         """
         guest.attach_ram(ram, tracker.NoTracker("QEMU has not started"), tracks=False)
         try:
-            if guest.foreign is None:
+            if not isinstance(guest, ForeignGuest):
                 facts = await inspecting.guest_facts(guest.ask, guest.plan)
                 digest = await guest.in_thread(inspecting.kernel_digest, guest.plan)
                 facts["device_tree"] = f"{facts['device_tree']}-{digest[:16]}"
@@ -390,7 +439,7 @@ class QemuHypervisor:
         """The tracker where there is one; else QEMU's own stream."""
         try:
             if not self._no_tracking and not guest.ram.is_copied:
-                return tracker.QemuTracker(guest.process.pid, guest.ram_identity, layout.pages)
+                return tracker.QemuTracker(guest.process.pid, tracker.RamIdentity(*guest.ram.file), layout.pages)
         except HypervisorError as exc:
             log.info("guest.not_tracked", instance=guest.plan.instance_id, why=exc.text)
         except OSError as exc:
@@ -406,7 +455,6 @@ class QemuHypervisor:
             raise HypervisorError(text, code="guest_unresponsive")
 
 
-_NO_UUID: Final = str(uuid.UUID(int=0))
 _NO_PLAN: Final = GuestPlan("unknown", RamLayout.for_size(MIB), 1)
 
 
@@ -424,7 +472,7 @@ async def _mapped(guest: QemuGuest, ram_fd: int, writable: bool) -> MappedRam:
 def _ram_of(guest: QemuGuest) -> MappedRam:
     """That of a guest that was found. Blocking. Raises: HypervisorError `ram_map`, `guest_lost`."""
     try:
-        if guest.foreign is not None:
+        if isinstance(guest, ForeignGuest):
             return guest.foreign.map_ram(guest.plan.layout)
         return foreign.map_shared(guest.process.pid, machine.RAM_FD, guest.plan.layout)
     except (OSError, ValueError, HypervisorError) as exc:

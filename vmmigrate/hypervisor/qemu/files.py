@@ -83,6 +83,15 @@ class QemuFiles:
         """Of a QEMU that something else started (`foreign`)."""
         return self.directory / "foreign"
 
+    @property
+    def given_back(self) -> Path:
+        """There when such a QEMU is not ours any more: nobody may end it."""
+        return self.directory / "given-back"
+
+    def keep_foreign(self, text: str) -> None:
+        """Blocking."""
+        _replace(self.foreign, text.encode())
+
     def held_keys(self, port: str) -> Path:
         """Of the pipe `keys`, as QEMU's character device `pipe` takes it: it opens `NAME.in` and `NAME.out`."""
         return self.directory / port

@@ -29,20 +29,18 @@ from vmmigrate.hypervisor.base import (
     RunState,
     SelfCheck,
 )
-from vmmigrate.hypervisor.dirty import DirtyTracker
 from vmmigrate.hypervisor.processes import ProcessWatch
 from vmmigrate.hypervisor.processguest import ProcessGuest
-from vmmigrate.hypervisor.qemu import belongings, images, machine, payloads, saving, stress, takeover, witness
+from vmmigrate.hypervisor.qemu import belongings, images, machine, payloads, saving, stress, witness
 from vmmigrate.hypervisor.qemu import files as consoles
 from vmmigrate.hypervisor.qemu.files import QemuFiles
-from vmmigrate.hypervisor.qemu.foreign import Foreign
 from vmmigrate.hypervisor.qemu.machine import STAMP_OBJECT
 from vmmigrate.hypervisor.qemu.pagestream import PageStream
 from vmmigrate.hypervisor.qemu.qmp import Qmp, QmpError, text_of
 from vmmigrate.hypervisor.qemu.remembered import Epoch, Remembered, from_text
 from vmmigrate.hypervisor.qemu.stream import DeviceStream
 from vmmigrate.hypervisor.qemu.tracker import RamIdentity, foreign_writers
-from vmmigrate.hypervisor.rammap import CopiedRam, MappedRam
+from vmmigrate.hypervisor.rammap import CopiedRam
 from vmmigrate.memory import GIB, PAGE_SIZE, PageBitmap
 
 T = TypeVar("T")
@@ -60,7 +58,6 @@ class QemuGuest(ProcessGuest):
 
     Attributes:
         pages: QEMU itself, where it has to tell what the guest writes; None where the tracker does.
-        foreign: How QEMU calls its parts, if something else started it.
         no_moving: Why nobody can tell what the guest writes; empty when it can be moved.
     """
 
@@ -85,16 +82,11 @@ class QemuGuest(ProcessGuest):
         self._booted_ns: int | None = None
         self._saved: DeviceStream | None = None  # what the file `state` holds, once it was written from here
         self.pages: PageStream | None = None
-        self.foreign: Foreign | None = None
         self._acts = trio.Lock()
 
     @property
     def facts(self) -> Mapping[str, str]:
         return self._facts
-
-    def attach_ram(self, ram: MappedRam, tracker: DirtyTracker, *, tracks: bool) -> None:
-        super().attach_ram(ram, tracker, tracks=tracks)
-        self.ram_identity = RamIdentity(*ram.file)
 
     def learn(self, facts: Mapping[str, str]) -> None:
         """What QEMU told of the machine that it made."""
@@ -199,8 +191,10 @@ class QemuGuest(ProcessGuest):
             memory = await self.recall()
             silenced = replace(memory, seen=max(memory.seen, epoch), last_record=max(memory.last_record, record))
             await self._remember(silenced)  # before anything that may fail
-            await self._name_no_more()
-            await self.ask("stop")
+            try:
+                await self._name_no_more()
+            finally:
+                await self.ask("stop")
             await self._save(silenced, await self._run_state())
 
     async def _check_not_given_away(self) -> None:
@@ -250,7 +244,7 @@ class QemuGuest(ProcessGuest):
 
     def page_stream(self) -> PageStream:
         """QEMU, to be asked for what the guest writes."""
-        return PageStream(self.ask, self.qmp, self._files.outgoing, self.plan.layout.pages, self._has_stood)
+        return PageStream(self.ask, self.qmp, self._files.outgoing, self._ram_bytes // PAGE_SIZE, self._has_stood)
 
     async def _has_stood(self) -> bool:
         return (await self.recall()).stands(await self._run_state())
@@ -341,11 +335,15 @@ class QemuGuest(ProcessGuest):
             await self._with_files(self._files.keep_state, stream.joined())
 
         if self.pages is not None and self.pages.is_naming:
-            rest_s = self.plan.layout.size_bytes / _READ_AT_LEAST_BYTES_PER_S
+            rest_s = self._ram_bytes / _READ_AT_LEAST_BYTES_PER_S
             await self._in_time(partial(self.pages.finish, note), "save", self._request_deadline_s + rest_s)
             return
         save = partial(saving.save, self.ask, self.qmp, self._files.outgoing, note, was_running=was_running)
         await self._in_time(save, "save")
+
+    @property
+    def _ram_bytes(self) -> int:
+        return self.plan.layout.size_bytes
 
     # -- moving ----------------------------------------------------------------------------------------------------
 
@@ -368,9 +366,7 @@ class QemuGuest(ProcessGuest):
         ]
         if self.no_moving:
             unfit.append(f"guest RAM ({self.no_moving})")
-        writers = []
-        if not self.ram.is_copied:
-            writers = await self.in_thread(foreign_writers, self.process.pid, self.ram_identity)
+        writers = await self._foreign_writers()
         unfit += [f"guest RAM (process {pid} may write to it unseen)" for pid in writers]
         if unfit:
             text = f"guest {self.plan.instance_id} cannot be moved: {', '.join(unfit)}"
@@ -380,6 +376,9 @@ class QemuGuest(ProcessGuest):
             *payloads.describe_keys([port.name for port in self.plan.serial_ports]),
             *payloads.describe(known["labels"], list(belongings.blobs_of(self.plan))),
         )
+
+    async def _foreign_writers(self) -> Sequence[int]:
+        return await self.in_thread(foreign_writers, self.process.pid, RamIdentity(*self.ram.file))
 
     async def export_devices(self, versions: Mapping[str, int]) -> tuple[DevicePayload, ...]:
         async with self._acts:
@@ -502,11 +501,11 @@ class QemuGuest(ProcessGuest):
 
     def _node(self, number: int) -> str:
         """What QEMU calls the image of a disk."""
-        return machine.node_of(number) if self.foreign is None else self.foreign.nodes[number]
+        return machine.node_of(number)
 
     def _port(self, num: str) -> str:
         """What QEMU calls the character device of a serial port."""
-        return num if self.foreign is None else self.foreign.ports[num]
+        return num
 
     async def _run_state(self) -> str:
         return text_of(await self.ask("query-status"), "status")
@@ -560,27 +559,6 @@ class QemuGuest(ProcessGuest):
         else:
             await self._save(memory, "prelaunch")
             await self.in_thread(belongings.note_devices, self._files)
-
-    async def take_over(self, memory: Remembered) -> None:
-        """Complete a guest of a QEMU that something else started. Raises: HypervisorError: `give_back` undoes it."""
-        await takeover.take(self.ask, self.plan, self._files, memory)
-        self._memory = memory
-        await self._listen(True)
-
-    async def is_in_a_journal(self) -> bool:
-        """Whether the process was told of a record. If not, it is as good as never taken over."""
-        try:
-            return bool((await self.recall()).last_record)
-        except QmpError:  # it remembers nothing at all
-            return False
-
-    async def give_back(self) -> None:
-        """Let a QEMU that something else started be, as if it had never been taken over; but its consoles stay ours."""
-        with trio.CancelScope(shield=True):
-            ports = [port.num for port in self.plan.serial_ports]
-            await takeover.give_back(self.ask, ports)
-            self.detach()
-            await trio.to_thread.run_sync(self._files.remove)
 
     def hang_up(self) -> None:
         self.qmp.close()

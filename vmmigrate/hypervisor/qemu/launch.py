@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmmigrate.errors import HypervisorError
-from vmmigrate.hypervisor import processes
+from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import GuestPlan, GuestStamp
 from vmmigrate.hypervisor.processes import ProcessWatch
 from vmmigrate.hypervisor.qemu import witness
@@ -61,9 +61,10 @@ def launch(
         files.directory.mkdir(mode=0o700)
         make_files(plan, files)
         witness.note_guest(files, stamp.instance_id, stamp.host_id)
-        ram_fd = os.memfd_create("vmmigrate-ram", os.MFD_CLOEXEC)
+        ram_fd = os.memfd_create("vmmigrate-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(ram_fd, plan.layout.size_bytes)
+            kernel.seal_size(ram_fd)  # a guest that breaks out could end this daemon by making it shorter
             environment = {} if tracker is None else RamIdentity.of(ram_fd).environment(tracker)
             watch = start(
                 arguments(files), files, ram_fd, [files.keys(port.num) for port in plan.serial_ports], environment

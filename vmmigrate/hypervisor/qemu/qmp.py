@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from vmmigrate.errors import HypervisorError
 MAX_LINE_BYTES: Final = 64 << 20
 GREETING_S: Final = 3.0
 _CHUNK_BYTES: Final = 1 << 16
+_CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _EVENTS_KEPT: Final = 1024
 
 
@@ -58,6 +60,12 @@ class _Connection:
         self.replies: dict[int, dict[str, Any]] = {}
         self.is_read = self.is_over = False
         self.filed = trio.Event()
+
+    @property
+    def peer_pid(self) -> int:
+        """The process that listened there. Source: unix(7), SO_PEERCRED."""
+        told = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return int(_CREDENTIALS.unpack(told)[0])
 
     def close(self) -> None:
         if not self.is_over:
@@ -191,6 +199,13 @@ class Qmp:
         for connection in (self._connection, self._opening):
             if connection is not None:
                 connection.close()
+
+    @property
+    def peer_pid(self) -> int:
+        """The process at the other end, of one that is open. Raises: EOFError, OSError."""
+        if self._connection is None or self._connection.is_over:
+            raise EOFError
+        return self._connection.peer_pid
 
     async def open(self) -> None:
         """Connect and leave negotiation mode; again, when there is no greeting. The caller sets the deadline.

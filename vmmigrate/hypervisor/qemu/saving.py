@@ -74,10 +74,14 @@ async def prepare(ask: Ask) -> None:
     await ask("migrate-set-parameters", max_bandwidth=_UNLIMITED)
 
 
+_ALWAYS: Final = ("events", "return-path", "late-block-activate")
+CAPABILITIES: Final = (*_ALWAYS, "x-ignore-shared", "pause-before-switchover")  # those that are ours to choose
+
+
 async def choose(ask: Ask, *, names_ram: bool) -> None:
     """What QEMU's next migration is for: guest RAM too (`pagestream`), or all but that."""
     capabilities = {
-        **dict.fromkeys(("events", "return-path", "late-block-activate"), True),
+        **dict.fromkeys(_ALWAYS, True),
         "x-ignore-shared": not names_ram,
         "pause-before-switchover": names_ram,
     }

@@ -6,18 +6,18 @@ Nothing is changed here. All that is wrong is told at once.
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import os
 import re
-import socket
-import struct
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
+import trio
 
 from vmmigrate.errors import HypervisorError, SpecCreatableError
 from vmmigrate.hypervisor import kernel
@@ -25,15 +25,16 @@ from vmmigrate.hypervisor.base import DiskPlan, GuestPlan
 from vmmigrate.hypervisor.qemu import images, machine
 from vmmigrate.hypervisor.qemu.anatomy import pci_place
 from vmmigrate.hypervisor.qemu.files import QemuFiles
+from vmmigrate.hypervisor.qemu.qmp import QmpError
 from vmmigrate.hypervisor.qemu.settings import QemuSettings
 from vmmigrate.memory import PAGE_SIZE
 
 Ask = Callable[..., Awaitable[Any]]
+T = TypeVar("T")
 
 READY_STATES: Final = frozenset({"running", "paused"})
 _IDLE: Final = frozenset({None, "none", "completed", "failed", "cancelled"})
 _PORTS: Final = {0x3F8: "com1", 0x2F8: "com2", 0x3E8: "com3", 0x2E8: "com4"}
-_UCRED: Final = struct.Struct("3i")
 _HOST_ADDRESS: Final = re.compile(r"\((?P<block>[^)]*)\) is (?P<address>0x[0-9a-f]+)")
 _MAPPING: Final = re.compile(
     r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<rights>\S+) (?P<offset>[0-9a-f]+) (?P<device>\S+) (?P<inode>\d+)"
@@ -60,9 +61,10 @@ class Survey:
     ports: dict[str, str] = field(default_factory=dict)
 
 
-def check_allowed(monitor: Path, allowed: Sequence[Path]) -> None:
+async def check_allowed(monitor: Path, allowed: Sequence[Path]) -> None:
     """Raises: SpecCreatableError `host_refuses`: it lies in no directory that is *allowed*."""
-    if not monitor.is_absolute() or not any(monitor.resolve().is_relative_to(root) for root in allowed):
+    resolved = await _in_thread(monitor.resolve)
+    if not monitor.is_absolute() or not any(resolved.is_relative_to(root) for root in allowed):
         roots = ", ".join(map(str, allowed)) or "none, see allow.monitors"
         text = f"this host refuses: monitor {monitor} lies in no directory that is allowed for monitors: {roots}"
         raise SpecCreatableError(text, code="host_refuses")
@@ -80,29 +82,13 @@ def bare(plan: GuestPlan) -> GuestPlan:
     return replace(plan, disks=disks)
 
 
-def listening_pid(monitor: Path) -> int:
-    """Which process made the socket of a monitor. Blocking, not for long: a connection is made and given up.
-
-    Raises: HypervisorError `monitor`: nothing listens there.
-
-    Source: unix(7), SO_PEERCRED.
-    """
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.setblocking(False)
-            sock.connect(str(monitor))
-            told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    except OSError as exc:
-        raise HypervisorError(f"monitor {monitor}: {exc.strerror or exc}", code="monitor") from exc
-    return int(_UCRED.unpack(told)[0])
-
-
 async def survey(ask: Ask, plan: GuestPlan, settings: QemuSettings, pid: int) -> Survey:
     """Look at everything but the machine itself (`anatomy`).
 
     Raises: HypervisorError `qemu_protocol`, or what *ask* raises.
     """
     found = Survey(pid=pid)
+    found.wrong += await _in_thread(list, _process_problems(pid))
     try:
         await _look_at_state(ask, found)
         await _look_at_identity(ask, plan, found)
@@ -124,9 +110,6 @@ async def _look_at_state(ask: Ask, found: Survey) -> None:
         found.wrong.append(f"a migration of its own is {migration}")
     if jobs := await ask("query-block-jobs"):
         found.wrong.append(f"{len(jobs)} block jobs are under way")
-    objects = [entry["name"] for entry in await ask("qom-list", path="/objects")]
-    if machine.STAMP_OBJECT in objects:
-        found.wrong.append("a host daemon has it already")
 
 
 async def _look_at_identity(ask: Ask, plan: GuestPlan, found: Survey) -> None:
@@ -137,7 +120,7 @@ async def _look_at_identity(ask: Ask, plan: GuestPlan, found: Survey) -> None:
         wanted = uuid.UUID(int=0)
     if there != wanted:
         found.wrong.append(f"its UUID is {there}, that of instance {plan.instance_id} is {wanted}")
-    found.wrong += _smbios_problems(found.pid, list(machine.smbios_tables(plan)))
+    found.wrong += await _in_thread(list, _smbios_problems(found.pid, list(machine.smbios_tables(plan))))
 
 
 def _smbios_problems(pid: int, wanted: list[str]) -> Iterator[str]:
@@ -165,7 +148,7 @@ async def _look_at_ram(ask: Ask, plan: GuestPlan, found: Survey) -> None:
     if place["block"] != machine.RAM_BLOCK:
         found.wrong.append(f"guest RAM is the memory backend {place['block']!r}, allowed is {machine.RAM_BLOCK!r}")
     found.ram_address = int(place["address"], 16)
-    found.wrong += _map_problems(found, plan.layout.size_bytes)
+    found.wrong += await _in_thread(list, _map_problems(found, plan.layout.size_bytes))
 
 
 def _map_problems(found: Survey, size_bytes: int) -> Iterator[str]:
@@ -179,7 +162,7 @@ def _map_problems(found: Survey, size_bytes: int) -> Iterator[str]:
             return
         found.ram_fd = _descriptor_of(found.pid, device, inode)
     except OSError as exc:
-        yield f"process {found.pid} cannot be looked at: {exc.strerror or exc}"
+        yield f"process {found.pid} cannot be looked at: {exc.strerror or exc}{_hint(exc)}"
         return
     except LookupError:
         yield (
@@ -189,6 +172,28 @@ def _map_problems(found: Survey, size_bytes: int) -> Iterator[str]:
         return
     if found.ram_fd is None or offset:
         yield f"guest RAM of process {found.pid} is a part of a file, or of one that is open no more"
+
+
+def _hint(exc: OSError) -> str:
+    return "; is kernel.yama.ptrace_scope 0?" if exc.errno == errno.EPERM else ""
+
+
+def _process_problems(pid: int) -> Iterator[str]:
+    """Files of ours, such as consoles, are for QEMU to open: by the same user, in the same file systems."""
+    try:
+        uid, place = os.stat(f"/proc/{pid}").st_uid, os.stat(f"/proc/{pid}/ns/mnt")
+    except OSError as exc:
+        yield f"process {pid} cannot be looked at: {exc.strerror}"
+        return
+    if uid != os.geteuid():
+        yield f"process {pid} is of user {uid}, and this daemon of user {os.geteuid()}"
+    if not os.path.samestat(place, os.stat("/proc/self/ns/mnt")):
+        yield f"process {pid} sees other file systems than this daemon (a container)"
+
+
+async def _in_thread(call: Callable[..., T], *arguments: Any) -> T:
+    """Files that others name may be on a file system that does not answer: nobody waits for it then."""
+    return await trio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
 
 
 def _read_a_page(pid: int, address: int) -> None:
@@ -252,10 +257,13 @@ async def _look_at_disks(ask: Ask, plan: GuestPlan, settings: QemuSettings, foun
     images_by_place = {}
     for drive in await ask("query-block"):
         device = str(drive.get("qdev", "")).removesuffix("/virtio-backend")
-        if device.startswith("/") and "inserted" in drive:
+        if "inserted" not in drive:
+            continue
+        try:
             images_by_place[pci_place(await ask("qom-get", path=device, property="addr"))] = drive["inserted"]
-        elif "inserted" in drive:
+        except QmpError:
             found.wrong.append(f"image {drive['inserted'].get('file')}: behind no PCI device")
+    found.wrong += _nodes_too_many(await ask("query-named-block-nodes"), images_by_place.values())
     for disk in plan.disks:
         place = "{}.{}.{}".format(*disk.pci_path)
         image = images_by_place.get(place)
@@ -264,14 +272,35 @@ async def _look_at_disks(ask: Ask, plan: GuestPlan, settings: QemuSettings, foun
             found.nodes.append("")
             continue
         found.nodes.append(image["node-name"])
-        found.wrong += [f"{disk.name}: {text}" for text in _image_problems(disk, image, settings)]
+        found.wrong += [f"{disk.name}: {text}" for text in await _in_thread(_image_problems, disk, image, settings)]
     held = machine.locked_files(plan, settings, QemuFiles(Path()))
     if held and not found.wrong:  # or it would be told in better words already
-        numbers = images.not_held(held, found.pid)
+        try:
+            numbers = await _in_thread(images.not_held, held, found.pid)
+        except OSError as exc:
+            found.wrong.append(f"process {found.pid} cannot be looked at: {exc.strerror}")
+            return
         found.wrong += [f"{plan.disks[number].name}: QEMU holds no lock of {held[number]}" for number in numbers]
 
 
-def _image_problems(disk: DiskPlan, image: Mapping[str, Any], settings: QemuSettings) -> Iterator[str]:
+def _nodes_too_many(nodes: Sequence[Mapping[str, Any]], used: Collection[Mapping[str, Any]]) -> Iterator[str]:
+    """Block nodes that are no disk's, nor what a disk's node reads and writes. QEMU makes all of them inactive with the
+    images of disks, and ends when one is so already."""
+    tops, files = {image["node-name"] for image in used}, [image["file"] for image in used]
+    for node in nodes:
+        if node["node-name"] in tops:
+            continue
+        if node.get("file") in files:
+            files.remove(node["file"])  # one below each
+        else:
+            yield f"block node {node['node-name']} ({node.get('file')}) is no disk's"
+
+
+def _image_problems(disk: DiskPlan, image: Mapping[str, Any], settings: QemuSettings) -> list[str]:
+    return list(_differences_of(disk, image, settings))
+
+
+def _differences_of(disk: DiskPlan, image: Mapping[str, Any], settings: QemuSettings) -> Iterator[str]:
     if disk.backend_kind == "blob":
         yield "its backend is a blob, which only a guest that was created here can have"
         return
@@ -305,7 +334,8 @@ async def _look_at_nics(ask: Ask, plan: GuestPlan, settings: QemuSettings, found
         if kind != settings.network:
             found.wrong.append(f"{nic.name}: behind it is {kind}, on this host it has to be {settings.network}")
         elif netdev is not None and kind == "tap" and netdev["interface"] != nic.vnic_name:
-            found.wrong.append(f"{nic.name}: its interface is {netdev['interface']}, that of the spec {nic.vnic_name}")
+            there = netdev["interface"] or "not told (a descriptor that QEMU was given)"
+            found.wrong.append(f"{nic.name}: its interface is {there}, that of the spec {nic.vnic_name}")
 
 
 def refuse(monitor: Path, wrong: Sequence[str]) -> None:
