@@ -124,13 +124,25 @@ class ForeignQemu:
             while not self.serial.exists() or self.serial.stat().st_size < 200:
                 await trio.sleep(0.01)
 
+    async def settings(self) -> dict[str, Any]:
+        """Of QEMU's own migrations, and what else an adoption changes."""
+        parameters = await self.ask("query-migrate-parameters")
+        objects = [entry["name"] for entry in await self.ask("qom-list", path="/objects")]
+        devices = [device["label"] for device in await self.ask("query-chardev")]
+        return {
+            "capabilities": [c["capability"] for c in await self.ask("query-migrate-capabilities") if c["state"]],
+            "parameters": {name: parameters.get(name) for name in ("tls-creds", "max-bandwidth", "downtime-limit")},
+            "objects": sorted(objects),
+            "devices": sorted(devices),
+        }
+
     async def is_untouched(self) -> None:
         """It runs, its letters come, its monitor is free, and nobody has left anything in it."""
         with trio.fail_after(10):
             assert (await self.ask("query-status"))["status"] == "running"
-            objects = [entry["name"] for entry in await self.ask("qom-list", path="/objects")]
-            assert STAMP_OBJECT not in objects
-            assert not [d for d in await self.ask("query-chardev") if d["label"].startswith(STAMP_OBJECT)]
+            found = await self.settings()
+            assert found["capabilities"] == []
+            assert not [name for name in (*found["objects"], *found["devices"]) if name.startswith(STAMP_OBJECT)]
             if not self.serial.exists():
                 return  # it was started without
             before = self.serial.stat().st_size

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from tests.hypervisor.qemu_hosts import QemuHosts, requires_qemu, short_directory
 from tests.hypervisor.test_qemu_guest import first_line, started
@@ -20,7 +21,9 @@ from tests.migration.fleet import RunningHost, check, migrate, open_fleet, wait_
 from tests.migration.foreign_qemu import MEMORY, RAM_BYTES, ForeignQemu, open_foreign
 from tests.migration.qemu_fleet import VNIC, start
 from vmmigrate.errors import HypervisorError, VmMigrateError
-from vmmigrate.hypervisor.base import RunState
+from vmmigrate.hypervisor.base import GuestStamp, RunState
+from vmmigrate.hypervisor.qemu.files import QemuFiles
+from vmmigrate.hypervisor.qemu.images import not_held
 from vmmigrate.memory import MIB
 
 pytestmark = [*requires_qemu, pytest.mark.slow]
@@ -244,6 +247,32 @@ async def test_another_guest_than_the_one_that_was_named_is_refused(root: Path) 
         await is_not_ours(alpha, foreign)
 
 
+async def test_a_drive_that_is_no_disk_of_the_spec_is_refused(root: Path) -> None:
+    (root / "cd.iso").write_bytes(bytes(MIB))
+    more = ("-drive", f"if=ide,media=cdrom,format=raw,file={root}/cd.iso")
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root, more=more) as foreign:
+        alpha = await start(fleet, "alpha")
+
+        with pytest.raises(VmMigrateError, match=r"image .*/cd\.iso: behind no PCI device") as refused:
+            await foreign.adopt(alpha)
+
+        assert refused.value.code == "not_that_machine"
+        await is_not_ours(alpha, foreign)
+
+
+async def test_an_image_that_no_device_uses_is_refused(root: Path) -> None:
+    """QEMU ends when it makes images inactive and one of them is so already."""
+    (root / "spare.img").write_bytes(bytes(MIB))
+    more = ("-blockdev", json.dumps({"driver": "file", "node-name": "spare", "filename": str(root / "spare.img")}))
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root, more=more) as foreign:
+        alpha = await start(fleet, "alpha")
+
+        with pytest.raises(VmMigrateError, match=r"block node spare \(.*/spare\.img\) is no disk's"):
+            await foreign.adopt(alpha)
+
+        await is_not_ours(alpha, foreign)
+
+
 async def is_not_ours(host: RunningHost, foreign: ForeignQemu) -> None:
     """Nothing is left of the attempt: no instance, no process, no file; and the guest runs."""
     assert await host.client.get("/v1/instances") == []
@@ -264,6 +293,155 @@ async def test_a_guest_is_adopted_once(root: Path) -> None:
 
         assert refused.value.code == "monitor_busy"
         await wait_heartbeats(alpha, instance)
+
+
+async def test_a_guest_with_two_monitors_is_adopted_once_all_the_same(root: Path) -> None:
+    """The second daemon is refused, and undoes nothing of what the first has done."""
+    more = ("-qmp", f"unix:{root}/second.qmp,server=on,wait=off")
+    async with open_fleet(root, "alpha", "beta") as fleet, open_foreign(root, more=more) as foreign:
+        alpha, beta = await start(fleet, "alpha"), await start(fleet, "beta")
+        instance = (await foreign.adopt(alpha))["id"]
+        foreign.monitor = root / "second.qmp"
+        before = await foreign.settings()
+
+        with pytest.raises(VmMigrateError, match="a host daemon has this QEMU already") as refused:
+            await foreign.adopt(beta, id=instance)
+
+        assert refused.value.code == "not_that_machine"
+        assert await beta.client.get("/v1/instances") == []
+        assert await foreign.settings() == before
+        assert "vmmigrate" in before["objects"]
+        await wait_heartbeats(alpha, instance)
+        assert (await check(alpha, instance))["consistent"]
+        record = await migrate(alpha, beta, instance, replacements=VNIC, downtime_ms=2000)
+        assert record["outcome"] == "moved", record["error"]
+
+
+async def test_a_guest_that_is_being_adopted_cannot_be_started_beside(root: Path) -> None:
+    """Who waited to start it finds that it was not adopted: its guest runs elsewhere, and there would be two."""
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root) as foreign:
+        alpha = await start(fleet, "alpha")
+        looked_at, said = trio.Event(), []
+
+        async def refuses(*arguments: Any) -> Any:
+            looked_at.set()
+            await trio.testing.wait_all_tasks_blocked(0.2)
+            raise HypervisorError("it is not that machine", code="guest_lost")
+
+        alpha.hypervisor.adopt_foreign = refuses  # type: ignore[method-assign]
+
+        async def start_it() -> None:
+            await looked_at.wait()
+            with pytest.raises(VmMigrateError) as refused:
+                await alpha.client.post(f"/v1/instances/{foreign.uuid}:start")
+            said.append(refused.value.code)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(start_it)
+            with pytest.raises(VmMigrateError, match="it is not that machine"):
+                await foreign.adopt(alpha)
+
+        assert said[0] in {"adoption_unfinished", "unknown_instance", "removed"}, said
+        await is_not_ours(alpha, foreign)
+
+
+async def test_an_adoption_that_a_daemon_did_not_finish_leaves_no_instance_that_could_be_started(root: Path) -> None:
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root) as foreign:
+        alpha = await start(fleet, "alpha")
+        body = json.loads(foreign.body(id=foreign.uuid))
+        del body["monitor"]
+        await alpha.client.post("/v1/instances", text=json.dumps(body))
+        await alpha.stop()
+        (kept,) = alpha.config.directories.state.glob(f"instances/{foreign.uuid}.json")
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "is_adopting": True}))
+
+        alpha = await start(fleet, "alpha")
+
+        await is_not_ours(alpha, foreign)
+        assert (await foreign.adopt(alpha))["state"] == "running"
+
+
+async def test_what_was_given_back_and_did_not_hear_it_is_not_ended_by_the_next_daemon(root: Path) -> None:
+    async with open_foreign(root) as foreign:
+        hypervisor = await QemuHosts(root).open(settings={"monitors": [root]})
+        before = await foreign.settings()
+        stamp = GuestStamp(foreign.uuid, "a", (1, 1), None)
+        guest = await hypervisor.adopt_foreign(foreign.plan(), stamp, foreign.monitor, None)
+        await guest.note_record("journal", 1)
+        process = guest.process
+        QemuFiles(process.socket_path.parent).given_back.touch()
+        guest.detach()
+
+        assert not await hypervisor.end_leftover(process)
+        assert await hypervisor.adopt(stamp, foreign.plan(), process) is None
+
+        assert (await foreign.ask("query-status"))["status"] == "running"
+        assert await foreign.settings() == before
+        assert not process.socket_path.parent.exists()
+
+
+@pytest.mark.parametrize("memory", list(MEMORY))
+async def test_a_guest_that_was_adopted_can_be_silenced_by_a_daemon_that_has_not_adopted_it(
+    root: Path, memory: str
+) -> None:
+    """It is paused, and its disk can be opened by somebody else; also when its RAM would be a part of what is saved."""
+    async with open_foreign(root, memory) as foreign:
+        hypervisor = await QemuHosts(root).open(settings={"monitors": [root]})
+        stamp = GuestStamp(foreign.uuid, "a", (1, 1), None)
+        guest = await hypervisor.adopt_foreign(foreign.plan(), stamp, foreign.monitor, None)
+        await guest.note_record("journal", 1)
+        guest.detach()
+
+        assert await hypervisor.silence(guest.process, (2, 1), 2)
+
+        assert (await foreign.ask("query-status"))["status"] == "postmigrate"
+        assert not_held({0: root / "disk.img"}, foreign.process.pid) == [0]
+        assert await hypervisor.end_leftover(guest.process)
+
+
+@pytest.mark.parametrize(("memory", "is_copied"), [("private", True), ("memfd", False), ("file", True)])
+async def test_ram_that_somebody_could_cut_short_is_not_mapped(root: Path, memory: str, is_copied: bool) -> None:
+    """The kernel ends whoever reads a file beyond its end: a memfd of QEMU's is sealed, a file is not."""
+    async with open_foreign(root, memory) as foreign:
+        hypervisor = await QemuHosts(root).open(settings={"monitors": [root]})
+        stamp = GuestStamp(foreign.uuid, "a", (1, 1), None)
+        guest = await hypervisor.adopt_foreign(foreign.plan(), stamp, foreign.monitor, None)
+
+        assert guest.ram.is_copied is is_copied
+
+        await hypervisor.give_back(guest)
+
+
+async def test_a_monitor_that_lies_about_its_uuid_is_refused(root: Path) -> None:
+    """It names an instance, and that a file."""
+    async with open_fleet(root, "alpha") as fleet, trio.open_nursery() as nursery:
+        alpha = await start(fleet, "alpha")
+        foreign = ForeignQemu(root)
+        listener = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+        await listener.bind(str(foreign.monitor))
+        listener.listen(1)
+
+        async def answer() -> None:
+            connection, _ = await listener.accept()
+            with connection:
+                await talk(connection)
+
+        async def talk(connection: trio.socket.SocketType) -> None:
+            await connection.send(b'{"QMP": {}}\n')
+            while line := await connection.recv(65536):
+                told = {"return": {"UUID": "../instances/other"} if b"query-uuid" in line else {}}
+                identity = json.loads(line).get("id")
+                await connection.send(json.dumps({**told, **({} if identity is None else {"id": identity})}).encode())
+                await connection.send(b"\n")
+
+        nursery.start_soon(answer)
+        with pytest.raises(VmMigrateError, match="no UUID") as refused:
+            await foreign.adopt(alpha)
+
+        assert refused.value.code == "qemu_protocol"
+        assert await alpha.client.get("/v1/instances") == []
+        nursery.cancel_scope.cancel()
+        listener.close()
 
 
 async def test_a_monitor_that_is_none_is_told(root: Path) -> None:
@@ -295,6 +473,9 @@ async def test_a_journal_that_does_not_take_it_leaves_the_guest_to_whoever_start
     async with open_fleet(root, "alpha") as fleet, open_foreign(root) as foreign:
         alpha = await start(fleet, "alpha")
         guests = []
+        on = [{"capability": name, "state": True} for name in ("multifd", "auto-converge")]
+        await foreign.ask("migrate-set-capabilities", capabilities=on)
+        before = await foreign.settings()
 
         async def refuses(journal_id: str, number: int) -> None:
             raise HypervisorError("it does not hear", code="guest_unresponsive")
@@ -314,13 +495,16 @@ async def test_a_journal_that_does_not_take_it_leaves_the_guest_to_whoever_start
 
         assert len(guests) == 1
         assert await alpha.client.get("/v1/instances") == []
+        assert list(alpha.config.directories.runtime.glob("*/qmp")) == []
         assert (await foreign.ask("query-status"))["status"] == "running"
+        assert await foreign.settings() == before
 
 
 @pytest.mark.parametrize("step", STEPS)
 async def test_a_daemon_that_dies_while_it_adopts_leaves_a_guest_that_can_be_adopted(root: Path, step: str) -> None:
     """Its journal knows of nothing, so the next daemon gives it back."""
     async with open_foreign(root) as foreign:
+        before = await foreign.settings()
         arguments = [str(root), foreign.uuid, foreign.program["kernel"], str(foreign.process.pid), step]
         daemon = started([sys.executable, "-m", "tests.migration.adopter_under_test", *arguments])
         try:
@@ -334,8 +518,7 @@ async def test_a_daemon_that_dies_while_it_adopts_leaves_a_guest_that_can_be_ado
         assert await hypervisor.find_others(set()) == []
         assert list(hypervisor.runtime_dir.glob("*/qmp")) == []
         assert (await foreign.ask("query-status"))["status"] == "running"
-        objects = [entry["name"] for entry in await foreign.ask("qom-list", path="/objects")]
-        assert "vmmigrate" not in objects
+        assert await foreign.settings() == before
 
 
 async def test_the_command_adopts_and_tells_what_differs(root: Path) -> None:

@@ -41,6 +41,7 @@ from vmmigrate.hypervisor.qemu import (
     launch,
     machine,
     payloads,
+    probing,
     survey,
     takeover,
     tracker,
@@ -59,7 +60,6 @@ log = structlog.get_logger(__name__)
 
 REQUEST_DEADLINE_S: Final = 10.0
 START_DEADLINE_S: Final = 30.0
-_PROBE: Final = "probe-"
 _LONGEST_SOCKET: Final = f"{processes.ANY_TOKEN}/qmp"
 WrapTracker = Callable[[DirtyTracker], DirtyTracker]
 
@@ -109,8 +109,8 @@ class QemuHypervisor:
         """
         settings = settings or QemuSettings()
         await trio.to_thread.run_sync(processes.prepare_runtime_dir, runtime_dir, _LONGEST_SOCKET)
-        await trio.to_thread.run_sync(_end_old_probes, runtime_dir)
-        facts = await _ask_facts(runtime_dir, settings, options.get("start_deadline_s", START_DEADLINE_S))
+        await trio.to_thread.run_sync(probing.end_old_probes, runtime_dir)
+        facts = await probing.ask_facts(runtime_dir, settings, options.get("start_deadline_s", START_DEADLINE_S))
         if facts.version[:2] < OLDEST_VERSION or not facts.machine_types:
             oldest = ".".join(map(str, OLDEST_VERSION))
             text = f"{settings.binary} is QEMU {facts.version_text}, needed is {oldest} or later"
@@ -345,7 +345,7 @@ class QemuHypervisor:
     def _unknown(self, monitor: Path) -> QemuGuest | None:
         """A guest of which only the directory is known; what a dead one left behind is removed. Blocking."""
         files = self._files(monitor)
-        pid = _pid_of(files)
+        pid = probing.pid_of(files)
         started = None if pid is None else kernel.start_ticks_of(pid)
         watch = None if pid is None or started is None else processes.find(pid, started)
         if watch is None:
@@ -381,8 +381,9 @@ class QemuHypervisor:
 
     async def _is_given_back(self, process: GuestProcess) -> bool:
         """Whether that process is none of ours any more; what was left undone of that is done."""
-        if not await trio.Path(self._files(process.socket_path).given_back).exists():
-            return False
+        files = self._files(process.socket_path)
+        if not await trio.Path(files.given_back).exists():
+            return await trio.to_thread.run_sync(_was_never_ours, process.pid, files, limiter=self._threads)
         guest = await trio.to_thread.run_sync(self._unknown, process.socket_path, limiter=self._threads)
         if isinstance(guest, ForeignGuest):
             await guest.give_back()
@@ -490,69 +491,6 @@ def _process_of(pid: int) -> processes.ProcessWatch:
     return watch
 
 
-async def _ask_facts(runtime_dir: Path, settings: QemuSettings, deadline_s: float) -> QemuFacts:
-    """Start a QEMU without a machine, and ask it. Its sandbox is left out where it was built without one."""
-    try:
-        return await _probe(runtime_dir, settings, deadline_s, has_sandbox=True)
-    except HypervisorError as exc:
-        if "sandbox" not in exc.text and "seccomp" not in exc.text:
-            raise
-    log.warning("qemu.no_sandbox", binary=settings.binary)
-    return await _probe(runtime_dir, settings, deadline_s, has_sandbox=False)
-
-
-async def _probe(runtime_dir: Path, settings: QemuSettings, deadline_s: float, *, has_sandbox: bool) -> QemuFacts:
-    """Raises: HypervisorError `qemu_missing`, `guest_start`; `accelerator`: with what QEMU said."""
-    files = QemuFiles(runtime_dir / f"{_PROBE}{secrets.token_hex(processes.TOKEN_BYTES)[:2]}")
-    arguments = [
-        settings.binary,
-        *("-nodefaults", "-no-user-config", "-display", "none", "-machine", "none", "-S"),
-        *(machine.SANDBOX if has_sandbox else ()),
-        *("-accel", settings.accelerator, "-chardev", f"socket,id=monitor,fd={machine.MONITOR_FD},server=on,wait=on"),
-        *("-mon", "chardev=monitor,mode=control", "-pidfile", str(files.pid)),
-    ]
-    watch = None
-    try:
-        watch = await trio.to_thread.run_sync(_start_probe, arguments, files)
-        with contextlib.closing(Qmp(files.monitor)) as qmp, trio.fail_after(deadline_s):
-            return await inspecting.abilities(qmp.execute, has_sandbox=has_sandbox)
-    except (OSError, EOFError, trio.TooSlowError) as exc:
-        words = files.last_words() or str(exc) or type(exc).__name__
-        text = f"{settings.binary} does not start with accelerator {settings.accelerator}: {words}"
-        raise HypervisorError(text, code="accelerator") from exc
-    finally:
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(_end_probe, watch, files)
-
-
-def _end_old_probes(runtime_dir: Path) -> None:
-    """Those of a daemon that was killed while it asked."""
-    for directory in runtime_dir.glob(f"{_PROBE}*"):
-        files = QemuFiles(directory)
-        pid = _pid_of(files)
-        started = None if pid is None else kernel.start_ticks_of(pid)
-        if pid is not None and started is not None:
-            processes.end_process(GuestProcess(pid, started, files.monitor))
-        files.remove()
-
-
-def _start_probe(arguments: Sequence[str], files: QemuFiles) -> processes.ProcessWatch:
-    shutil.rmtree(files.directory, ignore_errors=True)
-    files.directory.mkdir(mode=0o700)
-    try:
-        return launch.start(arguments, files)
-    except OSError as exc:
-        raise HypervisorError(f"cannot start {arguments[0]}: {exc}", code="guest_start") from exc
-
-
-def _end_probe(watch: processes.ProcessWatch | None, files: QemuFiles) -> None:
-    if watch is not None:
-        watch.kill()
-        watch.reap()
-        watch.close()
-    files.remove()
-
-
 def _why_no_tracking(settings: QemuSettings) -> str:
     """Empty when guests can be tracked."""
     if not settings.use_tracker:
@@ -584,14 +522,6 @@ def _capabilities(facts: QemuFacts, no_tracking: str) -> Capabilities:
     )
 
 
-def _pid_of(files: QemuFiles) -> int | None:
-    """The QEMU of a directory. Its pid file may not be written yet, and it outlives a QEMU that was killed: the number
-    may be somebody else's by now. So every process is looked at, for the argument that names that file. Blocking."""
-    if (known := foreign.load(files)) is not None:
-        return known.pid if kernel.start_ticks_of(known.pid) == known.start_ticks else None
-    wanted = os.fsencode(files.pid)
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if wanted in Path("/proc", name, "cmdline").read_bytes().split(b"\0"):
-                return int(name)
-    return None
+def _was_never_ours(pid: int, files: QemuFiles) -> bool:
+    """Whether a process of which no directory is left was not started from here: it was given back. Blocking."""
+    return not files.directory.exists() and not probing.is_started_with(pid, files)
