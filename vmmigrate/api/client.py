@@ -51,12 +51,19 @@ class HostClient:
     async def get(self, path: str, **params: str) -> Any:
         return await self._request("GET", path, params=params)
 
-    async def post(self, path: str, body: Mapping[str, Any] | None = None, *, text: str | None = None) -> Any:
-        """Post a JSON body; *text* is JSON text to send as it is."""
+    async def post(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        text: str | None = None,
+        deadline_s: float = REQUEST_DEADLINE_S,
+    ) -> Any:
+        """Post a JSON body; *text* is JSON text to send as it is. *deadline_s*: of what may take longer."""
         if text is not None:
             headers = {"content-type": "application/json"}
-            return await self._request("POST", path, content=text.encode(), headers=headers)
-        return await self._request("POST", path, json=dict(body or {}))
+            return await self._request("POST", path, content=text.encode(), headers=headers, timeout=deadline_s)
+        return await self._request("POST", path, json=dict(body or {}), timeout=deadline_s)
 
     async def delete(self, path: str) -> Any:
         return await self._request("DELETE", path)

@@ -86,7 +86,10 @@ def adopt(
     text = create_request(
         spec, spec_version, instance_id=instance_id, name=name, program=program_of(program), ram_bytes=ram_bytes, **more
     )
-    _show(ask_host(url, tls, lambda client: client.post("/v1/instances:adopt", text=text)), output)
+    deadline_s = 120.0  # another QEMU is started meanwhile, for comparison
+    _show(
+        ask_host(url, tls, lambda client: client.post("/v1/instances:adopt", text=text, deadline_s=deadline_s)), output
+    )
     return 0
 
 
@@ -245,7 +248,8 @@ def check(instance_id: InstanceId, /, *, url: UrlOption, output: OutputOption = 
     """
     from vmmigrate.cli.connect import ask_host
 
-    verdict = ask_host(url, tls, lambda client: client.post(f"{_path(instance_id)}:check"))
+    deadline_s = 3600.0  # a large guest takes as long as it takes, and its host gives up before
+    verdict = ask_host(url, tls, lambda client: client.post(f"{_path(instance_id)}:check", deadline_s=deadline_s))
     _show(verdict, output)
     return 0 if verdict["consistent"] else 4
 
