@@ -86,10 +86,8 @@ def adopt(
     text = create_request(
         spec, spec_version, instance_id=instance_id, name=name, program=program_of(program), ram_bytes=ram_bytes, **more
     )
-    deadline_s = 120.0  # another QEMU is started meanwhile, for comparison
-    _show(
-        ask_host(url, tls, lambda client: client.post("/v1/instances:adopt", text=text, deadline_s=deadline_s)), output
-    )
+    wait_s = 120.0  # another QEMU is started meanwhile, for comparison
+    _show(ask_host(url, tls, lambda client: client.post("/v1/instances:adopt", text=text, deadline_s=wait_s)), output)
     return 0
 
 
