@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import socket
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import CONFIG, Commands, Site, run_command
+from tests.cli.hosts import running_host
 from vmmigrate.cli.exits import Exit
 
 
@@ -98,3 +101,20 @@ def test_runtime_directory_that_others_may_read_is_refused(run: Commands, site: 
 
     assert done.code == Exit.FAILED
     assert "0700" in done.complaint
+
+
+def test_a_daemon_may_have_as_many_descriptors_as_its_hard_limit_allows(site: Site) -> None:
+    """A shell often allows 1024, and a migration takes some dozens."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard <= 512:
+        pytest.skip(f"this process may have {hard} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    try:
+        with running_host(site, "many") as host:
+            of_daemon = resource.prlimit(host.process.pid, resource.RLIMIT_NOFILE)
+            told = [json.loads(line) for line in (host.directory / "log").read_text().splitlines()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert of_daemon == (hard, hard)
+    assert [line["descriptors"] for line in told if line["event"] == "daemon.ready"] == [hard]

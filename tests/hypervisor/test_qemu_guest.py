@@ -11,11 +11,13 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from tests.disks.small import small_disk
+from tests.hypervisor.faults import out_of_descriptors
 from tests.hypervisor.qemu_daemon_under_test import STEPS, STREAM_STEPS
 from tests.hypervisor.qemu_hosts import (
     ACCELERATOR,
@@ -35,12 +37,15 @@ from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestProcess, GuestStamp, RunState
 from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_error, move, wait_heartbeats
+from vmmigrate.hypervisor.qemu import adapter
+from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.guest import QemuGuest
 from vmmigrate.hypervisor.qemu.machine import problems
 from vmmigrate.hypervisor.qemu.pagestream import loses_writes
 from vmmigrate.hypervisor.qemu.payloads import BLOB_KIND
 from vmmigrate.hypervisor.qemu.settings import QemuFacts, QemuSettings
 from vmmigrate.hypervisor.qemu.stream import parse_stream
+from vmmigrate.hypervisor.qemu.tracker import QemuTracker
 from vmmigrate.memory import MIB, PAGE_SIZE
 
 pytestmark = [*requires_qemu, pytest.mark.slow]
@@ -533,6 +538,50 @@ trio.run(QemuHypervisor.open, Path({str(runtime)!r}))
 
     assert list(runtime.iterdir()) == []
     assert processes.find(pid, begun) is None
+
+
+async def test_a_guest_is_left_alone_by_a_daemon_that_has_no_descriptor_for_its_tracker(
+    hosts: QemuHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = await running(hosts)
+    stamp, process = GuestStamp(INSTANCE, "a", (1, 1), None), guest.process
+    guest.detach()
+    hypervisor = await hosts.open()
+    really_track = QemuTracker.__init__
+
+    def track(*args: Any) -> None:
+        with out_of_descriptors():
+            really_track(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QemuTracker, "__init__", track)
+        error = await expect_error("dirty_tracking", hypervisor.adopt(stamp, guest.plan, process))
+
+    assert "Too many open files" in error.text
+    adopted = await hypervisor.adopt(stamp, guest.plan, process)
+    assert isinstance(adopted, QemuGuest)
+    hosts.guests.append(adopted)
+    await wait_heartbeats(adopted, 50)
+
+
+async def test_a_qemu_that_nobody_wrote_down_is_kept_by_a_daemon_that_cannot_look_for_it(
+    hosts: QemuHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are its files taken for those of a dead one."""
+    guest = await running(hosts)
+    hypervisor = await hosts.open()
+    really_look = adapter._pid_of
+
+    def look(files: QemuFiles) -> int | None:
+        with out_of_descriptors():
+            return really_look(files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "_pid_of", look)
+        assert await hypervisor.find_others([]) == []
+
+    assert guest.process.socket_path.exists()
+    assert (await guest.status()).run_state is RunState.RUNNING
 
 
 @pytest.mark.parametrize("ends", ["there", "here"], ids=["moved", "undone"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from tests.hypervisor.faults import out_of_descriptors
 from tests.migration.fleet import (
     ObservedHypervisor,
     RunningHost,
@@ -27,6 +28,7 @@ from tests.migration.fleet import (
 )
 from tests.migration.test_in_doubt import SlowToOpen
 from vmmigrate.errors import VmMigrateError
+from vmmigrate.hypervisor import processes
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestStamp
 
 pytestmark = pytest.mark.slow
@@ -160,6 +162,35 @@ async def test_a_guest_that_does_not_answer_is_left_alone_and_the_others_are_ser
         await alpha.stop()
         alpha = await fleet.start("alpha")
         assert (await alpha.instance(silent))["state"] == "running"
+
+
+async def test_a_guest_that_cannot_be_looked_at_is_left_alone_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon without descriptors is no evidence that a guest is gone."""
+    really_find = processes.find
+
+    def find(pid: int, start_ticks: int) -> processes.ProcessWatch | None:
+        with out_of_descriptors():
+            return really_find(pid, start_ticks)
+
+    async with open_fleet(tmp_path, "alpha") as fleet:
+        alpha = await fleet.start("alpha")
+        instance = await create(alpha)
+        pid = (await alpha.instance(instance))["guest"]["pid"]
+        await alpha.stop()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "find", find)
+            alpha = await fleet.start("alpha")
+
+        shown = await alpha.instance(instance)
+        assert (shown["state"], "Too many open files" in shown["reason"]) == ("indeterminate", True)
+        await alpha.stop()
+        alpha = await fleet.start("alpha")
+        shown = await alpha.instance(instance)
+        assert (shown["state"], shown["guest"]["pid"]) == ("running", pid)
+        await wait_heartbeats(alpha, instance)
 
 
 async def test_a_guest_that_ends_by_itself_is_lost_at_once(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -47,6 +49,7 @@ LIST_CHECK_S: Final = 3600.0
 
 async def run_until_signal(config: Config, on_ready: OnReady) -> None:
     """As `run_daemon`, until SIGTERM or SIGINT; SIGHUP reads certificates and revocation list again."""
+    _raise_descriptor_limit()
     give_large_blocks_back()
     gc.collect()
     gc.freeze()  # the modules; what is swept after each migration (`upkeep.sweep`) is not all that again
@@ -54,6 +57,13 @@ async def run_until_signal(config: Config, on_ready: OnReady) -> None:
         async with open_group() as nursery:
             nursery.start_soon(_stop_on_signal, nursery)
             await run_daemon(config, on_ready, reloads=hangups)
+
+
+def _raise_descriptor_limit() -> None:
+    """A migration takes some dozens of descriptors, and what a shell lets a process have is often 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # it is logged what it is in the end
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def run_daemon(
@@ -174,7 +184,8 @@ async def _serve(
     nursery.start_soon(resolving.deliver_forever)
     nursery.start_soon(door.serve, bulk_port)
     nursery.start_soon(_serve_protocol, migration_port, credentials, migrations, nursery)
-    log.info("daemon.ready", host=host.identity.name, api=migrations.api_url, **ports)
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    log.info("daemon.ready", host=host.identity.name, api=migrations.api_url, descriptors=descriptors, **ports)
     nursery.start_soon(keep_journal_short, host)
     on_ready({"host": host.identity.name, "api_url": migrations.api_url, "api_port": api_port, **ports})
 

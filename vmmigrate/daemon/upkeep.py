@@ -6,6 +6,7 @@ migration, which it may be asked for at any time: once that is over there, the a
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -16,7 +17,7 @@ import trio
 
 from vmmigrate.api.client import HostClient, open_client
 from vmmigrate.daemon.host import Host
-from vmmigrate.errors import JournalError, StorageError, TransportError, VmMigrateError
+from vmmigrate.errors import HypervisorError, JournalError, StorageError, TransportError, VmMigrateError
 from vmmigrate.hypervisor import kernel
 from vmmigrate.net.identity import Identity, Role
 from vmmigrate.ownership import rules
@@ -60,8 +61,14 @@ async def compact_if_due(host: Host) -> bool:
 
 
 def _gone(leftovers: Iterable[Spawned]) -> frozenset[Spawned]:
-    """Processes that have ended: none has their pid, or one that began at another time."""
-    return frozenset(guest for guest in leftovers if kernel.start_ticks_of(guest.pid) != guest.start_ticks)
+    """Processes that have ended: none has their pid, or one that began at another time. Who cannot be looked at just
+    now has not."""
+    gone = set()
+    for guest in leftovers:
+        with contextlib.suppress(HypervisorError):
+            if kernel.start_ticks_of(guest.pid) != guest.start_ticks:
+                gone.add(guest)
+    return frozenset(gone)
 
 
 async def ask_sources(host: Host, silent: set[str]) -> None:

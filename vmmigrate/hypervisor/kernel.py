@@ -334,12 +334,17 @@ def peek_pipe(fd: int) -> bytes:
 
 
 def start_ticks_of(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when there is none."""
+    """When a process started, in clock ticks since boot; None when there is none.
+
+    Raises: HypervisorError `guest_unresponsive`: this host cannot tell just now, such as one without descriptors left.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return int(stat.read().rpartition(b")")[2].split()[19])
-    except (OSError, IndexError):
+    except (FileNotFoundError, ProcessLookupError, IndexError):
         return None
+    except OSError as exc:
+        raise HypervisorError(f"cannot look at process {pid}: {exc.strerror}", code="guest_unresponsive") from exc
 
 
 def populated_runs(fd: int, size_bytes: int) -> Runs:

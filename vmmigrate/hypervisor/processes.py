@@ -1,10 +1,14 @@
 """Guest processes of every adapter: started with exactly the descriptors they shall have, found again, ended. Blocking:
 called in threads.
+
+A process is gone when the kernel says that there is none of that number, and for no other reason: a daemon that is out
+of descriptors, say, does not see it, and whoever took that for its end would kill a healthy guest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -22,21 +26,44 @@ ANY_TOKEN: Final = "0" * 2 * TOKEN_BYTES
 END_DEADLINE_S: Final = 30.0
 _SAFE_FD: Final = 64  # above every descriptor number that a child gets
 _LOG_TAIL_BYTES: Final = 2000
+_NOBODY: Final = frozenset({errno.ESRCH, errno.ENOENT, errno.EINVAL})  # the last: the number is now that of a thread
 
 
 class ProcessWatch:
-    """A guest process, by pidfd: no pid of it can be mistaken for another's."""
+    """A guest process, by pidfd: no pid of it can be mistaken for another's.
+
+    Attributes:
+        start_ticks: When it started, in clock ticks since boot.
+    """
 
     def __init__(self, pid: int) -> None:
-        """Raises: ProcessLookupError."""
+        """Raises: ProcessLookupError: there is none; HypervisorError `guest_unresponsive`: there may be one."""
         self.pid = pid
-        self.fd = os.pidfd_open(pid)
         self._exit_status: int | None = None
+        try:
+            self.fd = os.pidfd_open(pid)
+        except OSError as exc:
+            if exc.errno in _NOBODY:
+                raise ProcessLookupError(errno.ESRCH, f"there is no process {pid}") from exc
+            text = f"cannot look at process {pid}: {exc.strerror}"
+            raise HypervisorError(text, code="guest_unresponsive") from exc
+        try:
+            self.start_ticks = self._started()
+        except BaseException:
+            os.close(self.fd)
+            raise
 
-    def is_alive(self) -> bool:
-        poll = select.poll()
+    def _started(self) -> int:
+        started = kernel.start_ticks_of(self.pid)
+        if started is None:
+            raise ProcessLookupError(errno.ESRCH, f"there is no process {self.pid}")
+        return started
+
+    def is_alive(self, wait_s: float = 0) -> bool:
+        """Whether it is, also after so long; looked at until it is not."""
+        poll = select.poll()  # as `select.select` takes no descriptors beyond 1023
         poll.register(self.fd, select.POLLIN)
-        return not poll.poll(0)
+        return not poll.poll(wait_s * 1000)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -78,6 +105,16 @@ def prepare_runtime_dir(path: Path, socket_name: str) -> None:
         raise HypervisorError(text, code="runtime_dir")
 
 
+def watch_child(pid: int) -> ProcessWatch:
+    """The watch of a child that was just started. Raises: HypervisorError `guest_unresponsive`: it was ended again."""
+    try:
+        return ProcessWatch(pid)
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)  # nobody has waited for it: the number is its own
+        os.waitpid(pid, 0)
+        raise
+
+
 def opened_high(stack: contextlib.ExitStack, fd: int) -> int:
     """The same file at a number that no child descriptor has, closed with *stack*."""
     try:
@@ -89,12 +126,15 @@ def opened_high(stack: contextlib.ExitStack, fd: int) -> int:
 
 
 def find(pid: int, start_ticks: int) -> ProcessWatch | None:
-    """A process by pid and start time; None when it is gone (or a zombie)."""
+    """A process by pid and start time; None when it is gone (or a zombie).
+
+    Raises: HypervisorError `guest_unresponsive`: nobody can tell just now.
+    """
     try:
         watch = ProcessWatch(pid)
-    except OSError:
+    except ProcessLookupError:
         return None
-    if kernel.start_ticks_of(pid) == start_ticks and watch.is_alive():
+    if watch.start_ticks == start_ticks and watch.is_alive():
         return watch
     watch.close()
     return None
@@ -113,15 +153,14 @@ def last_words(log: Path) -> str:
 def end_process(process: GuestProcess) -> bool:
     """Kill the very process that *process* names, if it is still there, and wait until it is gone.
 
-    Returns: Whether it was there. Raises: HypervisorError `guest_unresponsive`: it does not die.
+    Returns: Whether it was there. Raises: HypervisorError `guest_unresponsive`: it does not die, or as `find`.
     """
     watch = find(process.pid, process.start_ticks)
     if watch is None:
         return False
     watch.kill()
-    select.select([watch.fd], [], [], END_DEADLINE_S)
-    alive = watch.is_alive()
+    is_alive = watch.is_alive(END_DEADLINE_S)
     watch.close()
-    if alive:
+    if is_alive:
         raise HypervisorError(f"process {process.pid} does not end", code="guest_unresponsive")
     return True

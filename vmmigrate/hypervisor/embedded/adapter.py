@@ -14,7 +14,7 @@ import trio
 
 import vmmigrate
 from vmmigrate.errors import HypervisorError
-from vmmigrate.hypervisor import kernel, processes
+from vmmigrate.hypervisor import processes
 from vmmigrate.hypervisor.base import (
     Capabilities,
     Capability,
@@ -180,7 +180,7 @@ class EmbeddedHypervisor:
         return spawn.GuestFiles.in_directory(socket.parent, socket.stem, self._witness_dir)
 
     def _guest(self, plan: GuestPlan, watch: processes.ProcessWatch, files: spawn.GuestFiles) -> EmbeddedGuest:
-        process = GuestProcess(watch.pid, kernel.start_ticks_of(watch.pid) or 0, files.socket)
+        process = GuestProcess(watch.pid, watch.start_ticks, files.socket)
         return EmbeddedGuest(
             plan=plan,
             process=process,

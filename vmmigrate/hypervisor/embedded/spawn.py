@@ -67,8 +67,8 @@ def spawn(runtime_dir: Path, witness_dir: Path | None, config: dict[str, Any]) -
             pid = os.posix_spawn(
                 sys.executable, arguments, environment, file_actions=actions, setsid=True, setsigmask=[]
             )
-        return ProcessWatch(pid), files
-    except OSError as exc:
+        return processes.watch_child(pid), files
+    except (OSError, HypervisorError) as exc:
         files.remove()
         raise HypervisorError(f"cannot start a guest process: {exc}", code="guest_start") from exc
 

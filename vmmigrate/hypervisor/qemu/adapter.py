@@ -401,7 +401,7 @@ class QemuHypervisor:
         kind = QemuGuest if known is None else partial(ForeignGuest, known)
         return kind(
             plan=plan,
-            process=GuestProcess(watch.pid, kernel.start_ticks_of(watch.pid) or 0, files.monitor),
+            process=GuestProcess(watch.pid, watch.start_ticks, files.monitor),
             watch=watch,
             files=files,
             locked=machine.locked_files(plan, self.settings, files),
@@ -444,7 +444,10 @@ class QemuHypervisor:
         except HypervisorError as exc:
             log.info("guest.not_tracked", instance=guest.plan.instance_id, why=exc.text)
         except OSError as exc:
-            raise HypervisorError(f"process {guest.process.pid}: {exc}", code="guest_lost") from exc
+            guest.check_alive()
+            is_dying = isinstance(exc, (FileNotFoundError, ProcessLookupError))  # its memory goes before it does
+            code = "guest_lost" if is_dying else "dirty_tracking"
+            raise HypervisorError(f"process {guest.process.pid}: {exc}", code=code) from exc
         return guest.page_stream()
 
     @contextlib.contextmanager

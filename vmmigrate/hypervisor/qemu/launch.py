@@ -104,7 +104,7 @@ def start(
 ) -> ProcessWatch:
     """Start a QEMU that inherits its monitor's listener and, where given, guest RAM and both ends of pipes.
 
-    Raises: HypervisorError `qemu_missing`; OSError.
+    Raises: HypervisorError `qemu_missing`, `guest_unresponsive`; OSError.
     """
     program = shutil.which(arguments[0])
     if program is None:
@@ -114,7 +114,7 @@ def start(
     with _inherited(files, ram_fd, pipes) as actions:
         own = {"PATH": os.defpath, "LANG": "C.UTF-8", **(environment or {})}
         pid = os.posix_spawn(program, list(arguments), own, file_actions=actions, setsid=True, setsigmask=[])
-    return ProcessWatch(pid)
+    return processes.watch_child(pid)
 
 
 @contextlib.contextmanager

@@ -90,17 +90,29 @@ def _end_probe(watch: processes.ProcessWatch | None, files: QemuFiles) -> None:
 
 
 def is_started_with(pid: int | str, files: QemuFiles) -> bool:
-    """Whether that process is the QEMU of a directory, started from here. Blocking."""
-    with contextlib.suppress(OSError):
+    """Whether that process is the QEMU of a directory, started from here. Blocking.
+
+    Raises: HypervisorError `guest_unresponsive`: it cannot be told just now.
+    """
+    try:
         return os.fsencode(files.pid) in Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
-    return False
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False
+    except OSError as exc:
+        text = f"{files.directory}: its QEMU cannot be looked for: {exc.strerror or exc}"
+        raise HypervisorError(text, code="guest_unresponsive") from exc
 
 
 def pid_of(files: QemuFiles) -> int | None:
     """The QEMU of a directory. Its pid file may not be written yet, and it outlives a QEMU that was killed: the number
-    may be somebody else's by now. So every process is looked at, for the argument that names that file. Blocking."""
+    may be somebody else's by now. So every process is looked at, for the argument that names that file. Blocking.
+
+    Raises: HypervisorError `guest_unresponsive`: they cannot be looked at just now.
+    """
     if (known := foreign.load(files)) is not None:
         return known.pid if kernel.start_ticks_of(known.pid) == known.start_ticks else None
-    return next(
-        (int(name) for name in filter(str.isdecimal, os.listdir("/proc")) if is_started_with(name, files)), None
-    )
+    try:
+        names = [name for name in os.listdir("/proc") if name.isdecimal()]
+    except OSError as exc:
+        raise HypervisorError(f"/proc: {exc.strerror}", code="guest_unresponsive") from exc
+    return next((int(name) for name in names if is_started_with(name, files)), None)
