@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -768,3 +769,42 @@ async def test_events_are_numbered_and_the_oldest_are_forgotten(listening: Liste
     assert first.number > 1000
     last = await listening.qmp.wait_event("TICK", 0, lambda told: told["n"] == 2999)
     assert last.number == 3000
+
+
+@pytest.mark.parametrize(
+    "timestamp",
+    [
+        '{"seconds": %s, "microseconds": 5}' % ("9" * 400),
+        '{"seconds": 5, "microseconds": %s}' % ("9" * 400),
+        '{"seconds": 5, "microseconds": -%s}' % ("9" * 400),
+        '{"seconds": -1, "microseconds": -1}',
+        '{"seconds": 1e308, "microseconds": 1e308}',
+        '{"seconds": NaN, "microseconds": Infinity}',
+        '{"seconds": true, "microseconds": []}',
+        "[]",
+        "null",
+    ],
+    ids=lambda timestamp: timestamp[:40],
+)
+async def test_an_event_of_an_impossible_time_is_one_of_now(timestamp: str, listening: Listening) -> None:
+    """Nobody stumbles over what a monitor takes for the time."""
+    peer = await listening.agreed()
+    before = time.time()
+
+    async def say() -> None:
+        await peer.say(b'{"event": "STOP", "timestamp": %s}\n' % timestamp.encode())
+
+    event, _ = await all_ended(lambda: listening.qmp.wait_event("STOP", 0), say)
+
+    assert before <= event.at_s <= time.time()
+
+
+async def test_an_event_is_of_the_time_that_it_says(listening: Listening) -> None:
+    peer = await listening.agreed()
+
+    async def say() -> None:
+        await peer.say(b'{"event": "STOP", "timestamp": {"seconds": 1700000000, "microseconds": 250000}}\n')
+
+    event, _ = await all_ended(lambda: listening.qmp.wait_event("STOP", 0), say)
+
+    assert event.at_s == 1_700_000_000.25

@@ -7,6 +7,7 @@ import binascii
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vmmigrate.api.models import CreateInstance, NewInstance
 from vmmigrate.daemon.admission import check_admissible, check_realisable
 from vmmigrate.daemon.config import Config
 from vmmigrate.daemon.documents import DocumentStore, InstanceDocument, arriving_document
+from vmmigrate.daemon.watching import how_it_ends, untiringly
 from vmmigrate.engine.incoming import Arrival
 from vmmigrate.engine.journal import AsyncJournal
 from vmmigrate.errors import (
@@ -32,7 +34,6 @@ from vmmigrate.errors import (
 from vmmigrate.hypervisor.base import Guest, GuestPlan, GuestProcess, GuestStamp, Hypervisor
 from vmmigrate.hypervisor.plan import guest_plan, layout_of
 from vmmigrate.net.identity import Identity
-from vmmigrate.net.threads import open_group
 from vmmigrate.ownership import records as r
 from vmmigrate.ownership import rules
 from vmmigrate.ownership.records import Epoch
@@ -275,9 +276,14 @@ class Host:
         instance_id = instance.document.instance_id
         known = self.journal.state.instances.get(instance_id)
         spawned = known.guest if known else None
-        error = await _how_it_ends(guest)
-        if instance.guest is not guest or spawned is None:
+        error = await how_it_ends(guest)
+        if spawned is not None:
+            await untiringly(partial(self._note_end, instance, guest, spawned, error), guest)
+
+    async def _note_end(self, instance: Instance, guest: Guest, spawned: r.Spawned, error: HypervisorError) -> None:
+        if instance.guest is not guest:
             return  # ended on purpose, or given away
+        instance_id = instance.document.instance_id
         ended: rules.Event = rules.Lose(instance_id, error.text, spawned)
         if error.code == "guest_powered_off":
             ended = rules.PowerOff(instance_id, spawned)
@@ -549,23 +555,6 @@ async def _silence(guest: Guest, epoch: Epoch, record: int) -> None:
     except HypervisorError as exc:
         if exc.code != "guest_lost":
             raise
-
-
-async def _how_it_ends(guest: Guest) -> HypervisorError:
-    """Wait until *guest* has powered itself off, or its process is gone; which of both."""
-    error = HypervisorError("the guest process ended by itself", code="guest_lost")
-    async with open_group() as group:
-
-        async def wait_power_off() -> None:
-            nonlocal error
-            await guest.wait_power_off()
-            error = HypervisorError("the guest powered itself off", code="guest_powered_off")
-            group.cancel_scope.cancel()
-
-        group.start_soon(wait_power_off)
-        await guest.wait_exit()
-        group.cancel_scope.cancel()
-    return error
 
 
 class JournalFailures:

@@ -31,6 +31,7 @@ GREETING_S: Final = 3.0
 _CHUNK_BYTES: Final = 1 << 16
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _EVENTS_KEPT: Final = 1024
+_END_OF_TIME_S: Final = 1 << 40
 
 
 class QmpError(HypervisorError):
@@ -286,7 +287,9 @@ def _seconds(timestamp: Any) -> float:
     """When an event was; now, when QEMU does not say it."""
     told = timestamp if isinstance(timestamp, dict) else {}
     seconds, microseconds = told.get("seconds"), told.get("microseconds")
-    if type(seconds) is not int or type(microseconds) is not int or seconds < 0:
+    if type(seconds) is not int or type(microseconds) is not int:
+        return time.time()
+    if not (0 <= seconds < _END_OF_TIME_S and 0 <= microseconds < 1_000_000):  # QEMU says -1 when it does not know
         return time.time()
     return seconds + microseconds / 1e6
 
