@@ -129,7 +129,7 @@ class TestWithQemu:
     async def test_answers_longer_than_what_is_read_at_once_arrive_whole(self, qemu: RealQemu) -> None:
         schemas = await all_ended(*[functools.partial(qemu.qmp.execute, "query-qmp-schema")] * 3)
 
-        assert all(len(json.dumps(schema)) > 1 << 16 for schema in schemas)
+        assert all(1 << 16 < len(json.dumps(schema)) < qmp.MAX_LINE_BYTES >> 3 for schema in schemas)
         assert schemas[0] == schemas[1] == schemas[2]
 
     async def test_an_error_of_qemu_names_the_command_and_its_class(self, qemu: RealQemu) -> None:
@@ -797,6 +797,22 @@ async def test_an_event_of_an_impossible_time_is_one_of_now(timestamp: str, list
     event, _ = await all_ended(lambda: listening.qmp.wait_event("STOP", 0), say)
 
     assert before <= event.at_s <= time.time()
+
+
+async def test_of_an_event_that_is_too_long_nothing_is_kept_but_its_name(listening: Listening) -> None:
+    """A thousand are kept, and there is no end to what somebody at the other end could put into them."""
+    peer = await listening.agreed()
+
+    async def say() -> None:
+        for size in (qmp.MAX_EVENT_BYTES // 2, qmp.MAX_EVENT_BYTES):
+            await peer.say(b'{"event": "TICK", "data": {"status": "%s"}}\n' % (b"x" * size))
+        await peer.say(b'{"event": "%s"}\n{"event": "STOP"}\n' % (b"x" * qmp.MAX_EVENT_BYTES))
+
+    stop, _ = await all_ended(lambda: listening.qmp.wait_event("STOP", 0), say)
+
+    assert stop.number == 4
+    assert [len(event.data) for event in listening.qmp.events("TICK", 0)] == [1, 0]
+    assert len(listening.qmp.events("x" * 64, 0)) == 1
 
 
 async def test_an_event_is_of_the_time_that_it_says(listening: Listening) -> None:

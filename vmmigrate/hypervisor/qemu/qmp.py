@@ -26,11 +26,13 @@ import trio
 
 from vmmigrate.errors import HypervisorError
 
-MAX_LINE_BYTES: Final = 64 << 20
+MAX_LINE_BYTES: Final = 8 << 20  # the longest answer we ask for, QEMU's schema in tests, has less than half a MiB
+MAX_EVENT_BYTES: Final = 1 << 12  # those that we wait for take some hundred; as objects they take twenty times as much
 GREETING_S: Final = 3.0
 _CHUNK_BYTES: Final = 1 << 16
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _EVENTS_KEPT: Final = 1024
+_NAME_CHARS: Final = 64
 _END_OF_TIME_S: Final = 1 << 40
 
 
@@ -104,6 +106,9 @@ class _Connection:
             message = None
         if not isinstance(message, dict):
             raise self._nonsense("a line that is no JSON object")
+        name = message.get("event")
+        if isinstance(name, str) and len(line) > MAX_EVENT_BYTES:
+            return {"event": name[:_NAME_CHARS]}
         return message
 
     async def agree(self) -> list[dict[str, Any]]:
