@@ -8,13 +8,17 @@ from a file that could be older than the process, or younger.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor.base import GuestStamp
 
 Epoch = tuple[int, int]
+T = TypeVar("T")
+
+MAX_TEXT_CHARS: Final = 1 << 14  # ours have some hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +65,62 @@ class Remembered:
         return replace(self, seen=epoch)
 
 
-def from_text(text: str) -> Remembered:
-    """Raises: HypervisorError `qemu_protocol`: it is not one of our QEMUs."""
+def from_text(text: Any) -> Remembered:
+    """What QEMU answered, if it is such a text.
+
+    Raises: HypervisorError `qemu_protocol`: it is not one of our QEMUs, or its guest has taken it over.
+    """
     try:
+        if len(text) > MAX_TEXT_CHARS:
+            raise ValueError(f"{len(text)} characters")
         tree = json.loads(text)
-        stamp = tree["stamp"]
-        tree["stamp"] = GuestStamp(stamp["instance_id"], stamp["host_id"], _pair(stamp["epoch"]), stamp["migration_id"])
-        tree |= {"seen": _pair(tree["seen"]), "ran": _pair(tree["ran"])}
-        return Remembered(**tree)
-    except (ValueError, KeyError, TypeError) as exc:
+        tree["stamp"] = GuestStamp(**_checked(tree["stamp"], _IN_STAMP))
+        return Remembered(**_checked(tree, _IN_MEMORY))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
         raise HypervisorError("this QEMU remembers nothing that we wrote", code="qemu_protocol") from exc
 
 
-def _pair(numbers: Any) -> Epoch:
-    term, n = numbers
-    return int(term), int(n)
+def _checked(tree: Any, checks: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    """Every field of *tree*. Raises: KeyError: there is none of that name; TypeError, ValueError: of another kind."""
+    return {name: checks[name](value) for name, value in _a(dict)(tree).items()}
+
+
+def _a(kind: type[T]) -> Callable[[Any], T]:
+    def check(value: Any) -> T:
+        if type(value) is not kind:
+            raise TypeError(f"{kind.__name__} expected")
+        return value
+
+    return check
+
+
+def _text(value: Any) -> str:
+    _a(str)(value).encode()  # half a character could not be written down anywhere
+    return str(value)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _int64(value: Any) -> int:
+    if not -(1 << 63) <= _a(int)(value) < 1 << 63:
+        raise ValueError("no such number")
+    return int(value)
+
+
+def _epoch(value: Any) -> Epoch:
+    term, n = _a(list)(value)
+    return _int64(term), _int64(n)
+
+
+_IN_STAMP: Final = {"instance_id": _text, "host_id": _text, "epoch": _epoch, "migration_id": _text_or_none}
+_IN_MEMORY: Final = {
+    "stamp": _a(GuestStamp),
+    **dict.fromkeys(("seen", "ran"), _epoch),
+    "handoff": _text_or_none,
+    **dict.fromkeys(("is_open", "is_arriving", "has_loaded", "is_deaf", "announces"), _a(bool)),
+    "last_record": _int64,
+    "last_journal": _text,
+    "booted_ns": _int64,
+}
