@@ -37,7 +37,7 @@ from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestProcess, GuestStamp, RunState
 from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_error, move, wait_heartbeats
-from vmmigrate.hypervisor.qemu import adapter
+from vmmigrate.hypervisor.qemu import adapter, pagestream
 from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.guest import QemuGuest
 from vmmigrate.hypervisor.qemu.machine import problems
@@ -242,6 +242,23 @@ async def test_a_host_without_the_tracker_has_qemu_tell_what_guests_write_and_sa
 
     assert guest.page_source == "stream"
     await guest.list_payloads()
+
+
+async def test_a_guest_whose_qemu_did_not_come_to_name_pages_is_paused_and_goes_on_as_before(
+    hosts: QemuHosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait in the middle of the pause for a word that nobody says."""
+    guest = await hosts.build(odd(plan_of()), settings=NO_TRACKER)
+    await guest.run((1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(pagestream, "_ACCEPT_S", 0.0)
+        await expect_error("dirty_tracking", guest.start_tracking())
+
+    await guest.pause_for_handoff("m")
+
+    await assert_still(guest)
+    await guest.run((1, 1))
+    await wait_heartbeats(guest, 50)
 
 
 @pytest.mark.skipif(ACCELERATOR != "tcg", reason="with KVM QEMU loses nothing")

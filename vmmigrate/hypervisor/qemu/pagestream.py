@@ -12,7 +12,8 @@ millisecond it stops the guest by itself when what is left takes no longer than 
 `finish` takes in what is left, and makes of small blocks and devices the very stream that QEMU writes when it is to
 leave out shared memory (`saving`): whoever loads it cannot tell the two apart.
 
-Until the last word (`_LOADED`) everything can be called off: QEMU lets a guest that it stopped go on by itself.
+Until the last word (`saving.LOADED`) everything can be called off: QEMU then lets a guest that it stopped go on. But it
+has to be told: while it waits for the word to go on it does not notice that nobody is there any more.
 
 Source: QEMU, migration/migration.c, migration/ram.c (7.2).
 """
@@ -44,6 +45,8 @@ SHORTEST_BATCH_PAGES: Final = MIB // PAGE_SIZE
 _PART: Final = 4  # of what is left is named at once: little is under way when QEMU stops the guest
 _AT_ONCE_BYTES: Final = MIB
 _DRY_S: Final = 0.002  # nothing comes for so long: QEMU is busy, or waits for us
+_READ_S: Final = 0.5
+_WORD_BYTES: Final = 8  # before each page
 _ACCEPT_S: Final = 5.0
 _STRICT_MS: Final = 1
 _SEES_ALL_WRITES: Final = (9, 0, 0)
@@ -72,6 +75,7 @@ class PageStream:
         self._marks = np.zeros(pages, dtype=np.bool_)
         self._held = np.zeros(pages, dtype=np.bool_)  # named with contents, ever: zeros are news for these alone
         self._sock: socket.socket | None = None
+        self._is_begun = False  # QEMU's next migration may be one that names RAM, or already is
         self._parser = RamStreamParser()
         self._started: Started | None = None
         self._ended: Ended | None = None
@@ -88,7 +92,10 @@ class PageStream:
     # -- as a tracker ----------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Let QEMU begin. Nothing is named yet."""
+        """Let QEMU begin. Nothing is named yet.
+
+        Raises: HypervisorError `dirty_tracking`, or what QEMU says: it is as if it had not begun.
+        """
         await self.stop()
         if await self._stands():
             return
@@ -97,6 +104,7 @@ class PageStream:
         self.stopped_s, self._is_ready_to_switch = None, False
         self._parser, self._started, self._ended = RamStreamParser(), None, None
         self._syncs_before = 1
+        self._is_begun = True
         try:
             await saving.choose(self._ask, names_ram=True)
             await self._ask("migrate-set-parameters", downtime_limit=_STRICT_MS)
@@ -114,16 +122,22 @@ class PageStream:
 
     async def stop(self) -> None:
         """Call QEMU's migration off, if there is one. A guest that QEMU stopped goes on."""
-        if self._sock is None:
+        if not self._is_begun:
             return
         try:
             await saving.call_off(self._ask, was_running=False)
         finally:
             self._hang_up()
+        await self._choose_saving()
+
+    async def _choose_saving(self) -> None:
+        """A `saving.save` would wait for ever if QEMU still paused before it switches over."""
         await saving.choose(self._ask, names_ram=False)
+        self._is_begun = False
 
     def close(self) -> None:
-        """QEMU finds nobody at the other end; as long as it was not told to go on, the guest does."""
+        """QEMU finds nobody at the other end, and a guest that still runs goes on. One that QEMU has stopped stays so,
+        until a daemon comes and calls it off (`saving.settle`): QEMU waits for a word, and looks at no connection."""
         self._hang_up()
 
     # -- naming ----------------------------------------------------------------------------------------------------
@@ -176,7 +190,7 @@ class PageStream:
                 await self.stop()
             raise
         self._hang_up()
-        await saving.choose(self._ask, names_ram=False)
+        await self._choose_saving()
 
     async def _take_the_rest(self) -> DeviceStream:
         """Let QEMU, which has stopped the guest, go on to the end of its stream."""
@@ -194,6 +208,18 @@ class PageStream:
     # -- QEMU ------------------------------------------------------------------------------------------------------
 
     async def _connect(self) -> socket.socket:
+        try:
+            accepted = await self._called_back()
+        except (OSError, trio.TooSlowError) as exc:
+            why = str(exc) or f"it has not connected within {_ACCEPT_S:g} s"
+            raise HypervisorError(f"QEMU does not begin to name pages: {why}", code="dirty_tracking") from exc
+        # Blocking, and read in a thread.
+        sock = socket.socket(fileno=accepted.detach())
+        sock.settimeout(_DRY_S)
+        return sock
+
+    async def _called_back(self) -> trio.socket.SocketType:
+        """Let QEMU migrate to us. Raises: OSError; TooSlowError: it does not come."""
         with contextlib.closing(trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as listener:
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()  # of the last time; microseconds
@@ -202,10 +228,7 @@ class PageStream:
             await self._ask("migrate", uri=f"unix:{self._path}")
             with trio.fail_after(_ACCEPT_S):
                 accepted, _ = await listener.accept()
-        # Blocking, and read in a thread.
-        sock = socket.socket(fileno=accepted.detach())
-        sock.settimeout(_DRY_S)
-        return sock
+        return accepted
 
     async def _look(self) -> None:
         """Ask QEMU how far it is."""
@@ -230,14 +253,21 @@ class PageStream:
     # -- in a thread -----------------------------------------------------------------------------------------------
 
     def _read(self, most: int) -> None:
-        """Take in what comes until about *most* pages were named, or nothing comes for a moment. Blocking."""
-        named = seen = 0
+        """Take in what comes until about *most* pages were named, or nothing comes for a moment. Blocking, and nobody
+        can give it up: so it also ends when ever more comes, and names nothing.
+        """
+        named = seen = taken = 0
+        most_bytes, until_s = 2 * most * (PAGE_SIZE + _WORD_BYTES), time.monotonic() + _READ_S
         while named < most and seen < most * _PART and self._ended is None:
-            if not self._receive():
+            received = self._receive()
+            taken += received
+            if not received:
                 return
             while (event := self._parser.next_event()) is not None:
                 pages, with_contents = self._take_in(event)
                 named, seen = named + with_contents, seen + pages
+            if taken >= most_bytes or time.monotonic() >= until_s:
+                return
 
     def _receive(self) -> int:
         """Fill the parser's buffer with what is there, up to a MiB. Blocking for `_DRY_S` at most."""

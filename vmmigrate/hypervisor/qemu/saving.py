@@ -2,9 +2,12 @@
 
 Guest RAM is shared memory and is not in the stream. Saving stops the guest and ends in the run state `postmigrate`: it
 stands still then, its images are inactive, and nothing but a command makes it go on. Until then it goes on by itself
-when the connection breaks, which is what a daemon that dies leaves behind. The stream is given to the other QEMU as it
-is; that one is good for one try: if it cannot load the state it ends, and says why on its standard error; later ones
-stay until they were asked.
+when the connection breaks, which is what a daemon that dies leaves behind. Not so where guest RAM is in the stream, too
+(`pagestream`): QEMU stops the guest before the end, and waits for the word to go on (`pre-switchover`) without looking
+at the connection. A daemon that dies then leaves a guest that is paused until the next one calls it off (`settle`).
+
+The stream is given to the other QEMU as it is; that one is good for one try: if it cannot load the state it ends, and
+says why on its standard error; later ones stay until they were asked.
 
 Source: QEMU, migration/migration.c (7.2).
 """
