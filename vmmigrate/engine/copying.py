@@ -60,6 +60,7 @@ class Copy:
     Attributes:
         number: The round that is being sent, or is next.
         pending: Its pages: what the destination does not hold, as far as is known. None before the first round.
+        unsent: Those of them that it ends without, because it was broken off. None: not a single one.
         answer: What is still to be said to a destination that came again.
         condenser: Condenses `table`; it knows of all rounds but the one that is under way.
         fresh: The pages of the last round, of which it does not know yet.
@@ -76,6 +77,7 @@ class Copy:
     judge: Convergence
     number: int = 1
     pending: PageBitmap | None = None
+    unsent: PageBitmap | None = None
     fresh: PageBitmap | None = None
     answer: m.Resumed | None = None
     sent_bytes: int = 0
@@ -84,6 +86,11 @@ class Copy:
     forecast: PauseForecast | None = None
     begun_s: float | None = None
     can_throttle: bool = True
+
+    def next_round(self, pages: PageBitmap) -> None:
+        """The destination holds all that was sent of this round: *pages* are next, and what it ended without."""
+        self.pending = pages if self.unsent is None else pages | self.unsent
+        self.number, self.unsent = self.number + 1, None
 
     def close_session(self, bulk: BulkSource) -> None:
         """Close the streams of a session that is over; what it did is added up."""
@@ -154,7 +161,7 @@ async def catch_up(channel: Channel, copy: Copy, migration: SourceMigration) -> 
     # Of the cut round any page may have been hashed anew, also one that is not sent again.
     copy.fresh = copy.pending if copy.fresh is None else copy.fresh | copy.pending
     if applied.round_number == copy.number:
-        copy.pending, copy.number = PageBitmap(copy.pending.pages), copy.number + 1
+        copy.next_round(PageBitmap(copy.pending.pages))
     elif applied.round_number == copy.number - 1:
         copy.pending = copy.pending - held
     else:
@@ -217,11 +224,9 @@ async def _one_round(
     seconds = trio.current_time() - begun
     with trio.CancelScope(shield=True):
         # Marks that were taken and then forgotten would be lost pages: no cancel in between.
-        pending = await migration.live.take_dirty()
-        if sent.unsent is not None:
-            pending |= sent.unsent
-        copy.pending = pending
-        copy.number += 1
+        copy.next_round(await migration.live.take_dirty())
+    pending = copy.pending
+    assert pending is not None
     _remember_offered(migration, pending)
     if not migration.options.auto_converge:
         await let_go(copy.judge, migration)
@@ -294,8 +299,7 @@ async def _name_more(copy: Copy, migration: SourceMigration) -> bool:
     more = await migration.live.more_pages()
     if more is None:
         return False
-    copy.pending = more  # nothing may come between: pages that were named and then forgotten would be lost
-    copy.number += 1
+    copy.next_round(more)  # nothing may come between: pages that were named and then forgotten would be lost
     _remember_offered(migration, more)
     return True
 
@@ -348,6 +352,7 @@ async def _send_round(
 ) -> RoundSent:
     assert copy.pending is not None
     pages, number = copy.pending, copy.number
+    copy.unsent = None
     migration.record.progress.update(round=number, pages_left=pages.count())
     await migration.live.fetch(pages)
     if last:
@@ -355,6 +360,7 @@ async def _send_round(
     else:
         async with _beside(bulk, copy, migration.record, pages.count()):
             sent = await bulk.send_round(pages, number)
+            copy.unsent = sent.unsent  # before the end of the round is said: who hears that may hold all but these
     copy.fresh = pages
     _note_bytes(bulk, copy, migration.record)
     channel.say_later(m.RoundEnd(number, sent.records, sent.pages, pages.count()))
