@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 
 from tests.hypervisor.qemu_hosts import requires_qemu
 from tests.migration.fleet import begin, check, migrate, open_fleet, spec_v3, wait_heartbeats, wait_outcome
 from tests.migration.qemu_fleet import create_ready, start_both
 from tests.migration.test_qemu_failures import SLOWLY, goes_on
+from tests.migration.test_resume import Link
 from vmmigrate.hypervisor.qemu.guest import QemuGuest
 from vmmigrate.hypervisor.qemu.pagestream import PageStream
 
@@ -77,6 +79,65 @@ async def test_a_guest_that_is_forced_arrives_whole(tmp_path: Path) -> None:
 
         assert record["outcome"] == "moved", record["error"]
         await goes_on(beta, instance)
+
+
+async def test_a_link_cut_while_qemu_names_pages_is_waited_out_and_the_guest_runs_meanwhile(tmp_path: Path) -> None:
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await start_both(fleet, "stream")
+        link = Link(alpha)
+        await fleet.nursery.start(link.run)
+        instance = await create_ready(alpha, spec_v3(), ws_mib=16, rate=2)
+        migration = await begin(alpha, beta, instance, source_address=link.address, **SLOWLY)
+        await link.wait_bytes(4 << 20)
+
+        with capture_logs() as events:
+            link.cut()
+            await wait_cut(events)
+            await wait_heartbeats(alpha, instance, 1000)
+            link.mend()
+
+            record = await wait_outcome(alpha, migration)
+
+        assert record["outcome"] == "moved", record["error"]
+        assert record["negotiated"]["sessions"] == 2
+        await goes_on(beta, instance)
+
+
+async def test_a_guest_that_qemu_stops_while_the_link_is_cut_does_not_stand_until_it_comes_back(tmp_path: Path) -> None:
+    """The window is a minute; it goes on at once, and can be moved again. What QEMU had not named is taken in here, so
+    that it is sure to stop the guest."""
+    async with open_fleet(tmp_path, "alpha", "beta") as fleet:
+        alpha, beta = await start_both(fleet, "stream")
+        link = Link(alpha)
+        await fleet.nursery.start(link.run)
+        instance = await create_ready(alpha, spec_v3(), rate=0)
+        migration = await begin(alpha, beta, instance, source_address=link.address, **SLOWLY)
+        await link.wait_bytes(4 << 20)
+        guest = alpha.guest(instance)
+
+        with capture_logs() as events, trio.fail_after(20):
+            link.cut()
+            await wait_cut(events)
+            while guest.stopped_s is None:
+                await guest.mark_dirty(await guest.take_dirty())
+                await guest.name_ahead()
+
+        record = await wait_outcome(alpha, migration)
+        assert (record["outcome"], record["error"]["code"]) == ("failed", "link_lost"), record
+        assert "it runs on here" in record["error"]["message"]
+        await is_quiet(guest)
+        await goes_on(alpha, instance)
+        link.mend()
+        assert (await wait_outcome(beta, migration))["outcome"] == "failed"
+        assert (await migrate(alpha, beta, instance))["outcome"] == "moved"
+        await goes_on(beta, instance)
+
+
+async def wait_cut(events: list[Any]) -> None:
+    """Until both ends have noticed that their link is gone, and have let go of what they were doing with it."""
+    with trio.fail_after(20):
+        while [event["event"] for event in events].count("migration.link_lost") < 2:
+            await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize("step", ["more", "finish", "_take_the_rest"])

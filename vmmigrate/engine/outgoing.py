@@ -94,6 +94,12 @@ def stayed_cut(error: VmMigrateError, window_s: float) -> VmMigrateError:
     return VmMigrateError(text, code="link_lost")
 
 
+def cut_in_a_stop(error: VmMigrateError) -> VmMigrateError:
+    """The link is not waited for: the guest would stand still for as long as that."""
+    text = f"the link was cut when the guest had been stopped for its last pages, so it runs on here: {error.text}"
+    return VmMigrateError(text, code="link_lost")
+
+
 # While these last the guest runs at the source, and both ends can go on after a cut.
 RESUMABLE = frozenset({Phase.RAM_PRE_PAUSE, Phase.RESUMING, Phase.CATCHING_UP})
 

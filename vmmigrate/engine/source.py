@@ -28,7 +28,15 @@ from vmmigrate.engine.copying import (
 )
 from vmmigrate.engine.frozen import Frozen
 from vmmigrate.engine.metrics import MigrationRecord, Outcome
-from vmmigrate.engine.outgoing import LINK_LOST, RESUMABLE, SourceMigration, conclude, stayed_cut, undo
+from vmmigrate.engine.outgoing import (
+    LINK_LOST,
+    RESUMABLE,
+    SourceMigration,
+    conclude,
+    cut_in_a_stop,
+    stayed_cut,
+    undo,
+)
 from vmmigrate.engine.planning import plan_out
 from vmmigrate.engine.ram import hash_ram_in_thread
 from vmmigrate.engine.resume import accept_resume
@@ -42,7 +50,7 @@ from vmmigrate.errors import (
     TransportError,
     VmMigrateError,
 )
-from vmmigrate.hypervisor.base import ConsoleHistory
+from vmmigrate.hypervisor.base import ConsoleHistory, RunState
 from vmmigrate.memory import MIB
 from vmmigrate.net.channel import Channel
 from vmmigrate.net.sending import BulkSource
@@ -52,6 +60,8 @@ from vmmigrate.ownership.rules import Answer
 from vmmigrate.wire import messages as m
 
 log = structlog.get_logger(__name__)
+
+_LOOK_S = 0.2
 
 
 async def migrate_out(channel: Channel, offer: m.Offer, migration: SourceMigration) -> None:
@@ -140,7 +150,8 @@ async def _one_session(way: _Way, agreed: Agreed, copy: Copy, migration: SourceM
 async def _resume(way: _Way, agreed: Agreed, copy: Copy, migration: SourceMigration, error: TransportError) -> Agreed:
     """Wait, with the guest running, until the destination comes again and proves that it is the one that was cut off.
 
-    Raises: *error*, when this is no matter for waiting or nobody came in time; what the wait was aborted with.
+    Raises: *error*, when this is no matter for waiting, nobody came in time, or the guest does not run; what the wait
+        was aborted with.
     """
     reason = await way.channel.true_reason(error)
     if not isinstance(reason, TransportError):
@@ -153,19 +164,48 @@ async def _resume(way: _Way, agreed: Agreed, copy: Copy, migration: SourceMigrat
     log.warning("migration.link_lost", migration=migration.migration_id, code=error.code, text=error.text)
     await let_go(copy.judge, migration)  # nothing is sent that it could be too fast for
     with trio.move_on_after(migration.deadlines.resume_window_s):
-        while True:
-            channel, resume = await migration.resumption.next()
-            try:
-                resumed, copy.answer = accept_resume(resume, agreed, migration.bulk_port)
-            except IdentityError as refusal:
-                log.info("migration.resume_refused", migration=migration.migration_id, text=refusal.text)
-                channel.fail(refusal)
-                continue
-            way.channel = channel
-            migration.record.session = channel.session
-            migration.record.negotiated["sessions"] = resumed.select.session_number
-            return resumed
+        async with open_group() as group:
+            if migration.live.page_source == "stream":
+                group.start_soon(_watch_for_a_stop, migration, error)
+            resumed = await _next_resumed(way, agreed, copy, migration)
+            group.cancel_scope.cancel()
+        migration.record.session = way.channel.session
+        migration.record.negotiated["sessions"] = resumed.select.session_number
+        return resumed
     raise stayed_cut(error, migration.deadlines.resume_window_s) from error
+
+
+async def _next_resumed(way: _Way, agreed: Agreed, copy: Copy, migration: SourceMigration) -> Agreed:
+    """The next destination that comes and is the one that was cut off: *way* is over its channel then."""
+    while True:
+        channel, resume = await migration.resumption.next()
+        try:
+            resumed, copy.answer = accept_resume(resume, agreed, migration.bulk_port)
+        except IdentityError as refusal:
+            log.info("migration.resume_refused", migration=migration.migration_id, text=refusal.text)
+            channel.fail(refusal)
+            continue
+        way.channel = channel
+        return resumed
+
+
+async def _watch_for_a_stop(migration: SourceMigration, error: TransportError) -> None:
+    """A stream stops the guest by itself when hardly anything is left to name, also when nobody is there to send it to.
+
+    It is asked to name more only of a guest that stands still: otherwise it would go on with its pass, and stop the
+    guest over that.
+
+    Raises: VmMigrateError: it has stopped the guest.
+    """
+    guest = migration.live
+    while True:
+        if migration.desired is RunState.RUNNING and (await guest.status()).run_state is RunState.PAUSED:
+            with trio.CancelScope(shield=True):
+                await guest.mark_dirty(await guest.take_dirty())  # it looks when nothing that it named lies there
+            await guest.name_ahead()
+            if guest.stopped_s is not None:
+                raise cut_in_a_stop(error) from error
+        await trio.sleep(_LOOK_S)
 
 
 # --------------------------------------------------------------------------- RAM
