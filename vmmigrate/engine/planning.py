@@ -174,7 +174,7 @@ class Sample:
 
     def _compare(self) -> None:
         digests = np.concatenate(
-            [self._hash.of(self._ram.pages, part) for part in np.array_split(self._numbers, _SAMPLED_IN_PARTS)]
+            [self._hash.of(self._ram.sample(part)) for part in np.array_split(self._numbers, _SAMPLED_IN_PARTS)]
         )
         self.intervals.append(PageBitmap.from_flags(digests != self._digests))
         self._digests = digests

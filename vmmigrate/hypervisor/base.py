@@ -256,6 +256,15 @@ class GuestRam(Protocol):
         Raises: HypervisorError `ram_read`.
         """
 
+    def sample(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """A copy of some pages as the guest has them now, whatever was fetched; shape (len(numbers), 512).
+
+        Args:
+            numbers: Ascending, of pages that were touched.
+
+        Raises: HypervisorError `ram_read`.
+        """
+
     def populate(self, first_page: int, pages: int) -> None:
         """Make pages be there before they are written; their contents stay. Only while the guest cannot run. Blocking.
 

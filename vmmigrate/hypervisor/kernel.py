@@ -199,8 +199,9 @@ def pages_there(pagemap: int, address: int, size_bytes: int) -> Runs:
     return _scan(pagemap, address, size_bytes, 0, _THERE)
 
 
-def read_process(pid: int, source: int, target: int, runs: Runs) -> None:
-    """Copy pages, by their numbers in runs, out of another process' memory at *source* to ours at *target*.
+def read_process(pid: int, source: int, target: int, runs: Runs, *, packed: bool = False) -> None:
+    """Copy pages, by their numbers in runs, out of another process' memory at *source* to ours at *target*: to where
+    their numbers say, or, *packed*, one after the other.
 
     Raises: OSError: EFAULT: less is mapped there; ESRCH: it is gone; EPERM. Some pages may have been copied.
 
@@ -208,13 +209,15 @@ def read_process(pid: int, source: int, target: int, runs: Runs) -> None:
     """
     # In pieces: the kernel copies less than 2 GiB at once.
     places = split_runs(runs, _PIECE_PAGES).astype(np.uint64) * PAGE_SIZE
+    ours = places.copy()
+    if packed:
+        ours[:, 0] = np.cumsum(places[:, 1]) - places[:, 1]
     for begin in range(0, len(places), _MOST_VECTORS):
-        part = places[begin : begin + _MOST_VECTORS]
-        there, here = part.copy(), part.copy()
+        there, here = (each[begin : begin + _MOST_VECTORS].copy() for each in (places, ours))
         there[:, 0] += np.uint64(source)
         here[:, 0] += np.uint64(target)
-        wanted = int(part[:, 1].sum())
-        got = _libc.process_vm_readv(pid, here.ctypes.data, len(part), there.ctypes.data, len(part), 0)
+        wanted = int(there[:, 1].sum())
+        got = _libc.process_vm_readv(pid, here.ctypes.data, len(here), there.ctypes.data, len(there), 0)
         if got < 0:
             raise _os_error("process_vm_readv")
         if got != wanted:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor import kernel
 from vmmigrate.hypervisor.base import Capability
-from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs
+from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs, runs_of_pages
 
 HUGE_BYTES: Final = 2 << 20
 _MOST_ADVISED: Final = 4096  # each may split a mapping in three, and a process may have some 65,000
@@ -82,6 +82,10 @@ class MappedRam:
 
     def fetch(self, runs: Runs) -> None:
         """It is mapped: nothing has to be fetched."""
+
+    def sample(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """A copy of some pages as the guest has them now. Blocking."""
+        return self.pages[numbers]
 
     def populate(self, first_page: int, pages: int) -> None:
         """Make pages be there, before they are written; their contents stay. Only of a guest that cannot run.
@@ -245,15 +249,22 @@ class CopiedRam(MappedRam):
         mapping = self._mapped()  # held: nobody else may be given its addresses meanwhile
         self._copy(runs, ctypes.addressof(mapping))
 
+    def sample(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+        """A copy of some pages, ascending, as the guest has them now; what was fetched stays."""
+        self._mapped()
+        copy = np.empty((len(numbers), PAGE_SIZE // 8), dtype=np.uint64)
+        self._copy(runs_of_pages(numbers), copy.ctypes.data, packed=True)
+        return copy
+
     def page_now(self, page: int) -> memoryview:
         """One page as the guest has it now; what was fetched stays."""
         buffer = (ctypes.c_ubyte * PAGE_SIZE)()
         self._copy(np.asarray([(page, 1)], dtype=np.int64), ctypes.addressof(buffer) - page * PAGE_SIZE)
         return memoryview(buffer).cast("B")
 
-    def _copy(self, runs: Runs, target: int) -> None:
+    def _copy(self, runs: Runs, target: int, *, packed: bool = False) -> None:
         try:
-            kernel.read_process(self.pid, self.address, target, runs)
+            kernel.read_process(self.pid, self.address, target, runs, packed=packed)
         except OSError as exc:
             raise self._unread(exc) from exc
 
