@@ -67,6 +67,19 @@ def test_a_bitmap_is_the_set_of_its_pages(given_set: tuple[int, list[set[int]]])
     assert PageBitmap.from_flags(bitmap.flags()) == bitmap
 
 
+@given(page_sets(), st.integers(8, 40))
+def test_the_parts_of_a_bitmap_are_all_of_it_in_order_and_none_is_larger_than_wanted(
+    given_set: tuple[int, list[set[int]]], most: int
+) -> None:
+    pages, (numbers,) = given_set
+
+    parts = list(bitmap_of(pages, numbers).parts(most))
+
+    assert [page for part in parts for page in part.page_numbers()] == sorted(numbers)
+    assert all(most - 8 < part.count() <= most for part in parts[:-1])
+    assert all(0 < part.count() <= most for part in parts)
+
+
 @given(page_sets(2))
 def test_union_difference_and_intersection_are_those_of_sets(given_sets: tuple[int, list[set[int]]]) -> None:
     pages, (one, other) = given_sets

@@ -281,6 +281,18 @@ class PageBitmap:
         flags = np.unpackbits(self.bits[octets], bitorder="little").view(np.bool_)
         return runs_of_pages((octets[:, None] * 8 + _OCTETS_OF_A_WORD).ravel()[flags])
 
+    def parts(self, most: int) -> Iterator[PageBitmap]:
+        """The set in parts of at most *most* pages, which is 8 at least; ascending, each but the last nearly as large
+        as that. Made one by one: each takes as much memory as the set."""
+        ends = np.cumsum(np.bitwise_count(self.bits), dtype=np.int64)
+        begin, done = 0, 0
+        while len(ends) and done < ends[-1]:
+            end = int(np.searchsorted(ends, done + most, side="right"))
+            part = PageBitmap(self.pages)
+            part.bits[begin:end] = self.bits[begin:end]
+            yield part
+            begin, done = end, int(ends[end - 1])
+
     def __iter__(self) -> Iterator[PageRun]:
         for first, pages in self.runs().tolist():
             yield PageRun(first, pages)

@@ -354,12 +354,12 @@ async def _send_round(
     pages, number = copy.pending, copy.number
     copy.unsent = None
     migration.record.progress.update(round=number, pages_left=pages.count())
-    await migration.live.fetch(pages)
+    fetch = migration.live.fetch if migration.live.ram.is_copied else None
     if last:
-        sent = await bulk.send_round(pages, number, last=True)
+        sent = await bulk.send_round(pages, number, last=True, fetch=fetch)
     else:
         async with _beside(bulk, copy, migration.record, pages.count()):
-            sent = await bulk.send_round(pages, number)
+            sent = await bulk.send_round(pages, number, fetch=fetch)
             copy.unsent = sent.unsent  # before the end of the round is said: who hears that may hold all but these
     copy.fresh = pages
     _note_bytes(bulk, copy, migration.record)

@@ -203,7 +203,8 @@ class MappedRam:
 class CopiedRam(MappedRam):
     """RAM that only its process has: pages are copied out of it when they are asked for, into memory of this daemon.
 
-    Only what was fetched last is kept: a daemon shall not need as much memory as its guests.
+    Only what was fetched last is kept: a daemon shall not need as much memory as its guests. Whoever wants much
+    of it fetches a part after the other.
 
     Attributes:
         pid: The process.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import chain
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from vmmigrate.memory import PAGE_SIZE, PageBitmap, RamLayout, Runs, pages_in, runs_of_pages, split_runs
+from vmmigrate.memory import MIB, PAGE_SIZE, PageBitmap, RamLayout, Runs, pages_in, runs_of_pages, split_runs
 from vmmigrate.net.links import SendLink
 from vmmigrate.net.threads import run_all_joined, run_delay_s
 from vmmigrate.ram.delta import DeltaCache
@@ -39,7 +39,9 @@ from vmmigrate.ram.worth import Worth
 
 Pages = npt.NDArray[np.uint64]  # guest RAM, shape (pages, 512)
 Numbers = npt.NDArray[np.int64]
+Fetch = Callable[[PageBitmap], Awaitable[None]]
 
+FETCHED_AT_ONCE_PAGES = 64 * MIB // PAGE_SIZE
 _MOST_ZEROS_KEPT = 1 << 16
 _DEALT_OUT_AT_ONCE_PAGES = 1 << 12
 _SENT_IN_TURN_PAGES = 256  # fit a socket, and take less than another thread takes to begin
@@ -128,11 +130,18 @@ class StreamSender:
         self._scattered = _Pending()
 
     def send_round(
-        self, runs: Runs, round_number: int, *, last: bool, break_off: threading.Event | None = None
+        self,
+        runs: Runs,
+        round_number: int,
+        *,
+        last: bool,
+        goes_on: bool = False,
+        break_off: threading.Event | None = None,
     ) -> Runs:
         """Send *runs* (each at most one record long), then the barrier of the round; after the last one, END.
 
         Args:
+            goes_on: It is only a part of the round: nothing follows it yet, and its pages need not be there any more.
             break_off: Once it is set, no more pages are sent.
 
         Returns: The runs that were not sent.
@@ -146,6 +155,8 @@ class StreamSender:
             self._send_group(group)
             sent_runs += len(group)
         self._send_scattered()
+        if goes_on:
+            return runs[sent_runs:]
         self._flush_zeros()
         self._send_record(RecordKind.BARRIER)
         self.records_at_barrier = self.records
@@ -335,13 +346,47 @@ class BulkSource:
         """Let the round that runs end early; its result tells what it has not sent. The next one is not affected."""
         self._break_off.set()
 
-    async def send_round(self, pages: PageBitmap, round_number: int, *, last: bool = False) -> RoundSent:
+    async def send_round(
+        self, pages: PageBitmap, round_number: int, *, last: bool = False, fetch: Fetch | None = None
+    ) -> RoundSent:
         """Send *pages* and the barrier on every stream; with *last*, also that no record follows.
 
-        Raises: TransportError; the round counts as not sent. On cancellation the streams are shut down.
+        Args:
+            fetch: Has pages be there before they are sent, and those of the time before no longer. It is asked for at
+                most `FETCHED_AT_ONCE_PAGES` at once.
+
+        Raises: TransportError, or what *fetch* raises; the round counts as not sent. On cancellation the streams are
+            shut down.
         """
         before = (self.pages_done, self.zero_pages, self.bytes_sent)
         self._break_off.clear()
+        left = list[Runs]()
+        if fetch is not None and pages.count() > FETCHED_AT_ONCE_PAGES:
+            left = await self._send_in_parts(pages, round_number, last, fetch)
+            pages = PageBitmap(self._pages)
+        elif fetch is not None:
+            await fetch(pages)
+        left += await self._send_part(pages, round_number, last=last)
+        records = tuple(sender.records_at_barrier for sender in self._senders)
+        after = (self.pages_done, self.zero_pages, self.bytes_sent)
+        done, zeros, sent = (new - old for new, old in zip(after, before, strict=True))
+        return RoundSent(done, zeros, sent, records, self._unsent(left))
+
+    async def _send_in_parts(self, pages: PageBitmap, round_number: int, last: bool, fetch: Fetch) -> list[Runs]:
+        """Send *pages* without the barrier, and fetch them as they are sent. What was not sent."""
+        left, begun = list[Runs](), PageBitmap(self._pages)
+        for part in pages.parts(FETCHED_AT_ONCE_PAGES):
+            if self._break_off.is_set() and not last:
+                break
+            begun |= part
+            await fetch(part)
+            left += await self._send_part(part, round_number, last=last, goes_on=True)
+        return [*left, (pages - begun).runs()]
+
+    async def _send_part(
+        self, pages: PageBitmap, round_number: int, *, last: bool, goes_on: bool = False
+    ) -> list[Runs]:
+        """As `StreamSender.send_round`, on every stream."""
         count = pages.count()
         if count > _DEALT_OUT_AT_ONCE_PAGES:
             shares = await trio.to_thread.run_sync(self._deal_out, pages)
@@ -349,7 +394,7 @@ class BulkSource:
             shares = self._deal_out(pages)
         stop = None if last else self._break_off
         calls = [
-            partial(sender.send_round, runs, round_number, last=last, break_off=stop)
+            partial(sender.send_round, runs, round_number, last=last, goes_on=goes_on, break_off=stop)
             for sender, runs in zip(self._senders, shares, strict=True)
         ]
         # Paced streams have a part of the speed each: one after the other would be as slow as one.
@@ -357,10 +402,7 @@ class BulkSource:
         left = await run_all_joined(
             [partial(_in_turn, calls_of_one) for calls_of_one in threads], end=self._shut_down, limiter=self._limiter
         )
-        records = tuple(sender.records_at_barrier for sender in self._senders)
-        after = (self.pages_done, self.zero_pages, self.bytes_sent)
-        done, zeros, sent = (new - old for new, old in zip(after, before, strict=True))
-        return RoundSent(done, zeros, sent, records, self._unsent(list(chain.from_iterable(left))))
+        return list(chain.from_iterable(left))
 
     def _deal_out(self, pages: PageBitmap) -> list[Runs]:
         """What each stream sends. Over a large guest this takes a while: not for the event loop."""
