@@ -149,6 +149,8 @@ class Host:
         if reason is not None:
             shown["reason"] = reason
             return "indeterminate"
+        if holding is Holding.ELSEWHERE:
+            return holding.value  # what is left of its guest here is being taken down, and answers nobody
         if guest is not None:
             try:
                 status = await guest.status()
