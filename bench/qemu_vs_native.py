@@ -44,14 +44,13 @@ In `runs` of `--json` is more: the CPU seconds by process, the parts of our paus
 that looks was not run itself, by which pauses may be off (`blind_ms`).
 
 How it could mislead. RAM of both ends is a memfd, and the destination's is cold: whoever moves the guest pays for the
-first touch of each page (ours by populating it beside the transfer). `--populated` adds QEMU's with RAM that was
-populated before; for ours there is no such thing. TCG before QEMU 9.0 loses guest writes when RAM is a multiple of 256
-KiB: so QEMU's own migrations have 8 KiB less of it here, which costs them about 0.3 s for each GiB, and are right;
-`--aligned` adds them as they are without (with `--downtime-ms 10`, 4 of 10 went wrong). The page source `stream` asks
-QEMU, too, has the same RAM and pays the same; the tracker asks the kernel, and has whole MiB. Nothing is added or
-subtracted for that. Ours sends pages that changed a little as what changed, by default, and this guest changes one byte
-of a page: `--compression off` is without. Source, destination, both QEMUs and who watches share the processors of one
-machine.
+first touch of each page (ours by having the kernel fill it). `--populated` adds QEMU's with RAM that was populated
+before; for ours there is no such thing. TCG before QEMU 9.0 loses guest writes when RAM is a multiple of 256 KiB: so
+QEMU's own migrations have 8 KiB less of it here, which costs them about 0.3 s for each GiB, and are right; `--aligned`
+adds them as they are without (with `--downtime-ms 10`, 4 of 10 went wrong). The page source `stream` asks QEMU, too,
+has the same RAM and pays the same; the tracker asks the kernel, and has whole MiB. Nothing is added or subtracted for
+that. Ours sends pages that changed a little as what changed, by default, and this guest changes one byte of a page:
+`--compression off` is without. Source, destination, both QEMUs and who watches share the processors of one machine.
 """
 
 from __future__ import annotations
@@ -226,7 +225,11 @@ class Stage:
             await watch.wait_source(LETTERS_BEFORE)
             before_s = {name: clock.read() for name, clock in clocks.items()}
             watch.begin()
-            told = await guest.move(downtime_ms=downtime_ms)
+            try:
+                told = await guest.move(downtime_ms=downtime_ms)
+            except NotMovedError:
+                await watch.give_up()
+                raise
             await watch.wait_destination(LETTERS_AFTER)
             await guest.settle()
             heard, after_s = await watch.end()

@@ -129,6 +129,10 @@ class Watch:
         sight = Sight(**await self._watcher.ask(None))
         return self._heard(sight), {int(pid): seconds for pid, seconds in sight.processors_s.items()}
 
+    async def give_up(self) -> None:
+        """It does not move after all."""
+        await self._watcher.ask(None)
+
     def _heard(self, sight: Sight) -> Heard:
         here = [moment for moment, _ in sight.source]
         there = [moment for moment, size in sight.destination if size > self._before]
