@@ -17,6 +17,7 @@ from tests.hypervisor.faults import out_of_descriptors
 from vmmigrate.errors import HypervisorError
 from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import GuestProcess
+from vmmigrate.hypervisor.qemu.tracker import RamIdentity, foreign_writers
 
 
 @pytest.fixture
@@ -108,3 +109,9 @@ def test_a_process_is_ended_also_by_a_daemon_with_thousands_of_descriptors(child
         assert processes.end_process(child)
 
     assert not lives(child)
+
+
+def test_processes_that_cannot_be_looked_at_are_not_taken_for_ones_that_do_not_write_guest_ram() -> None:
+    with out_of_descriptors(), pytest.raises(HypervisorError, match="cannot be told: Too many open files"):
+        foreign_writers(0, RamIdentity(1, 2))
+    assert foreign_writers(0, RamIdentity(1, 2)) == []

@@ -6,6 +6,7 @@ run and cannot be moved, and `Capabilities` says so.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -75,18 +76,21 @@ def foreign_writers(own: int, ram: RamIdentity) -> list[int]:
     """Processes that could write guest RAM unseen: all but QEMU (*own*) and this daemon that map it for writing.
 
     Those of other users cannot be looked at; they cannot have been given the file either. Takes some µs per process.
+
+    Raises: HypervisorError `guest_unresponsive`: one cannot be looked at just now.
     """
-    found = []
-    for entry in os.scandir("/proc"):
-        pid = int(entry.name) if entry.name.isdecimal() else 0
-        if pid in {0, own, os.getpid()}:
-            continue
-        try:
-            if any(mapping.is_writable for mapping in mappings(pid, ram)):
-                found.append(pid)
-        except OSError:
-            continue
-    return found
+    try:
+        pids = [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        return [pid for pid in pids if pid not in {own, os.getpid()} and _may_write(pid, ram)]
+    except OSError as exc:
+        text = f"whether another process may write guest RAM cannot be told: {exc.strerror or exc}"
+        raise HypervisorError(text, code="guest_unresponsive") from exc
+
+
+def _may_write(pid: int, ram: RamIdentity) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        return any(mapping.is_writable for mapping in mappings(pid, ram))
+    return False
 
 
 class QemuTracker(KernelTracker):
