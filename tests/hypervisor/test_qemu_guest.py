@@ -37,7 +37,7 @@ from vmmigrate.devices.payload import DevicePayload
 from vmmigrate.hypervisor import kernel, processes
 from vmmigrate.hypervisor.base import DiskPlan, GuestPlan, GuestProcess, GuestStamp, RunState
 from vmmigrate.hypervisor.conformance import assert_still, copy_ram, expect_error, move, wait_heartbeats
-from vmmigrate.hypervisor.qemu import adapter, pagestream
+from vmmigrate.hypervisor.qemu import pagestream, probing
 from vmmigrate.hypervisor.qemu.files import QemuFiles
 from vmmigrate.hypervisor.qemu.guest import QemuGuest
 from vmmigrate.hypervisor.qemu.machine import problems
@@ -587,14 +587,14 @@ async def test_a_qemu_that_nobody_wrote_down_is_kept_by_a_daemon_that_cannot_loo
     """Nor are its files taken for those of a dead one."""
     guest = await running(hosts)
     hypervisor = await hosts.open()
-    really_look = adapter._pid_of
+    really_look = probing.pid_of
 
     def look(files: QemuFiles) -> int | None:
         with out_of_descriptors():
             return really_look(files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapter, "_pid_of", look)
+        patch.setattr(probing, "pid_of", look)
         assert await hypervisor.find_others([]) == []
 
     assert guest.process.socket_path.exists()

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.hypervisor.qemu_hosts import requires_qemu
+from tests.hypervisor.qemu_hosts import uses_qemu
 from tests.migration.fleet import check, migrate, open_fleet, wait_heartbeats, witnesses
 from tests.migration.qemu_fleet import VNIC, create_ready, machine, start_both
 
 pytestmark = [
-    *requires_qemu,
+    *uses_qemu,
     pytest.mark.slow,
     pytest.mark.skipif(not os.environ.get("VMM_LONG"), reason="some minutes: belongs to `make check-long`"),
 ]
