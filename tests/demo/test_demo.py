@@ -30,7 +30,7 @@ def test_demo_moves_a_guest_and_proves_it(own_tmp: Path) -> None:
     assert record["outcome"] == "moved"
     assert record["ram"]["total_bytes"] == MIB << 20
     assert record["ram"]["hole_bytes"] > 0
-    assert len(record["ram"]["rounds"]) >= 3
+    assert len(record["ram"]["rounds"]) >= 2  # one at least while it ran, and that of the pause
     assert abs(sum(record["downtime_parts_s"].values()) - record["downtime_s"]) < 0.001
     assert record["digest"]["source"] == record["digest"]["destination"] != ""
     assert record["negotiated"]["spec_version"] == "v3"
