@@ -36,7 +36,7 @@ def values(kind: FieldType) -> st.SearchStrategy[Any]:
         return st.none() | values(kind.item)
     if isinstance(kind, fields.Scalars):
         scalars = st.integers(-(1 << 63), 1 << 63) | st.booleans() | st.text(max_size=8)
-        return st.dictionaries(st.text(max_size=8), scalars)
+        return st.dictionaries(st.text(max_size=8), scalars, max_size=kind.most)
     assert isinstance(kind, fields.Struct)
     return states(kind.shape)
 
