@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -449,9 +450,10 @@ async def test_a_monitor_that_is_none_is_told(root: Path) -> None:
     async with open_fleet(root, "alpha") as fleet:
         alpha, foreign = await start(fleet, "alpha"), ForeignQemu(root)
         for path, code in (("/nowhere/qmp", "host_refuses"), (root / "none", "monitor"), (root / "file", "monitor")):
-            with pytest.raises(VmMigrateError) as refused:
-                await foreign.adopt(alpha, monitor=str(path), id=foreign.uuid)
-            assert (refused.value.code, str(path) in refused.value.text) == (code, True)
+            for more in ({}, {"pid": os.getpid()}):
+                with pytest.raises(VmMigrateError) as refused:
+                    await foreign.adopt(alpha, monitor=str(path), id=foreign.uuid, **more)
+                assert (refused.value.code, str(path) in refused.value.text) == (code, True)
         assert await alpha.client.get("/v1/instances") == []
 
 
@@ -498,6 +500,52 @@ async def test_a_journal_that_does_not_take_it_leaves_the_guest_to_whoever_start
         assert list(alpha.config.directories.runtime.glob("*/qmp")) == []
         assert (await foreign.ask("query-status"))["status"] == "running"
         assert await foreign.settings() == before
+
+
+async def test_a_disk_that_does_not_take_that_it_is_adopted_leaves_the_guest_to_whoever_started_it(root: Path) -> None:
+    """The journal knew of it by then; it is not ended for that."""
+    is_failing = False
+
+    def fsync(fd: int) -> None:
+        if is_failing and "/instances" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        os.fsync(fd)
+
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root) as foreign:
+        alpha = await start(fleet, "alpha", fsync=fsync)
+        before = await foreign.settings()
+        adopting = alpha.hypervisor.adopt_foreign
+
+        async def adopt_foreign(*arguments: Any) -> Any:
+            nonlocal is_failing
+            guest = await adopting(*arguments)
+            is_failing = True
+            return guest
+
+        alpha.hypervisor.adopt_foreign = adopt_foreign  # type: ignore[method-assign]
+
+        with pytest.raises(VmMigrateError, match="Input/output error"):
+            await foreign.adopt(alpha)
+
+        assert await alpha.client.get("/v1/instances") == []
+        assert (await foreign.ask("query-status"))["status"] == "running"
+        assert await foreign.settings() == before
+
+
+async def test_a_daemon_that_died_when_the_journal_knew_of_it_has_adopted_it(root: Path) -> None:
+    async with open_fleet(root, "alpha") as fleet, open_foreign(root) as foreign:
+        alpha = await start(fleet, "alpha")
+        instance = (await foreign.adopt(alpha))["id"]
+        await alpha.stop()
+        (kept,) = alpha.config.directories.state.glob(f"instances/{instance}.json")
+        adopted = kept.read_text()
+        kept.write_text(json.dumps({**json.loads(adopted), "is_adopting": True}))
+
+        alpha = await start(fleet, "alpha")
+
+        assert (await alpha.instance(instance))["state"] == "running"
+        assert json.loads(kept.read_text()) == json.loads(adopted)
+        await wait_heartbeats(alpha, instance)
 
 
 @pytest.mark.parametrize("step", STEPS)

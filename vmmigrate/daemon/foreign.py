@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,7 @@ async def _take_over(host: Host, instance_id: str, monitor: Path, pid: int | Non
         guest = await host.hypervisor.adopt_foreign(plan, stamp, monitor, pid)
         try:
             await host.note_process(instance_id, None, guest)
+            await _is_adopted(host, instance)
         except BaseException:
             with trio.CancelScope(shield=True):
                 try:
@@ -59,16 +61,17 @@ async def _take_over(host: Host, instance_id: str, monitor: Path, pid: int | Non
                     await host.journal.commit(rules.Stop(instance_id))
             raise
         host.watch(instance, guest)
-        await _is_adopted(host, instance)
 
 
 async def _is_adopted(host: Host, instance: Instance) -> None:
-    instance.document = replace(instance.document, is_adopting=False)
-    await trio.to_thread.run_sync(host.documents.save_instance, instance.document)
+    document = replace(instance.document, is_adopting=False)
+    await trio.to_thread.run_sync(host.documents.save_instance, document)
+    instance.document = document
 
 
 async def finish_adoptions(host: Host) -> None:
-    """After a restart: an adoption that the last daemon did not finish never was, and its guest was given back.
+    """After a restart: an adoption that the last daemon did not finish never was, and its guest was given back. An
+    instance that is indeterminate is left to an operator, and to the next restart.
 
     Raises: JournalError, StorageError.
     """
@@ -76,8 +79,9 @@ async def finish_adoptions(host: Host) -> None:
         known = host.journal.state.instances.get(instance_id)
         if not instance.document.is_adopting or known is None:
             continue
-        if known.guest is not None or instance_id in host.indeterminate:
+        if known.guest is not None:
             await _is_adopted(host, instance)
-        else:
+        elif instance_id not in host.indeterminate:
             log.warning("instance.not_adopted", instance=instance_id)
-            await host.delete(instance_id)
+            with contextlib.suppress(rules.OwnershipRefusal):  # another host has it: it cannot be started here
+                await host.delete(instance_id)

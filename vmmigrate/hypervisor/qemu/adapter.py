@@ -204,19 +204,18 @@ class QemuHypervisor:
         await trio.to_thread.run_sync(takeover.link_monitor, files, monitor, limiter=self._threads)
         qmp = Qmp(files.monitor)
         try:
-            pid = pid or await self._open_monitor(qmp, monitor)
-            watch = await trio.to_thread.run_sync(_process_of, pid, limiter=self._threads)
+            listening = await self._open_monitor(qmp, monitor)
+            watch = await trio.to_thread.run_sync(_process_of, pid or listening, limiter=self._threads)
         except BaseException:
             qmp.close()
             await trio.to_thread.run_sync(files.remove, limiter=self._threads)
             raise
-        start_ticks = kernel.start_ticks_of(watch.pid) or 0
         owner = [stamp.instance_id, stamp.host_id]
-        known = foreign.Foreign(watch.pid, start_ticks, owner, ram_bytes=plan.layout.size_bytes)
+        known = foreign.Foreign(watch.pid, watch.start_ticks, owner, ram_bytes=plan.layout.size_bytes)
         guest = self._guest(plan, watch, files, known)
         assert isinstance(guest, ForeignGuest)
         guest.qmp = qmp
-        booted_ns = start_ticks * NS_PER_S // os.sysconf("SC_CLK_TCK")
+        booted_ns = watch.start_ticks * NS_PER_S // os.sysconf("SC_CLK_TCK")
         try:
             memory = Remembered(stamp, stamp.epoch, ran=stamp.epoch, is_open=True, booted_ns=booted_ns)
             with self._in_time(plan.instance_id):

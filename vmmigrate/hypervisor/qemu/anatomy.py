@@ -87,13 +87,9 @@ def differences(there: Anatomy, wanted: Anatomy, *, same_version: bool = True) -
     """
     told = []
     for key in sorted(there.keys() | wanted.keys()):
-        part = key.partition(", ")[0]
-        if part != key and (
-            (part in there) != (part in wanted) or (not same_version and key not in there.keys() & wanted)
-        ):
-            continue
-        is_there, should_be = there.get(key), wanted.get(key)
-        if is_there == should_be:
+        is_there, should_be, part = there.get(key), wanted.get(key), key.partition(", ")[0]
+        is_of_one = part != key and (is_there is None or should_be is None)
+        if is_there == should_be or (is_of_one and (not same_version or (part in there) != (part in wanted))):
             continue
         if is_there is None:
             told.append(f"{key}: missing" + ("" if should_be == "there" else f", the spec's machine has {should_be}"))
