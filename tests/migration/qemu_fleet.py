@@ -8,7 +8,7 @@ from typing import Any
 import trio
 
 from tests.hypervisor.qemu_hosts import ACCELERATOR, QEMU, stress_kernel, stress_program
-from tests.migration.fleet import Fleet, RunningHost, create, spec_v3, wait_heartbeats
+from tests.migration.fleet import Fleet, RunningHost, check, create, migrate, spec_v3, wait_heartbeats
 from vmmigrate.memory import MIB, PAGE_SIZE
 
 QEMU_SETTINGS = f'network = "user"\naccelerator = "{ACCELERATOR}"'
@@ -73,3 +73,25 @@ async def create_ready(host: RunningHost, spec: dict[str, Any], *, mem_mib: int 
     instance = await create(host, spec, program=stress_program(mem_mib=mem_mib, **chosen), **({} if tracked else odd))
     await wait_ready(host, instance)
     return instance
+
+
+async def moves_whole(here: RunningHost, there: RunningHost, instance: str, source: str) -> dict[str, Any]:
+    """Move a guest of `machine` with all of its RAM compared, and let it check itself and its disk; the record."""
+    record = await migrate(here, there, instance, verify="full", replacements=VNIC, downtime_ms=2000)
+    assert record["outcome"] == "moved", record
+    assert record["digest"]["source"] == record["digest"]["destination"] != ""
+    assert record["negotiated"]["page_source"] == source
+    await wait_heartbeats(there, instance, 300)
+    verdict = await check(there, instance)
+    assert verdict["consistent"], verdict
+    seen = (await there.guest(instance).status()).program
+    assert (seen["disk_read_backs"] > 0, seen["disk_failures"]) == (True, 0)
+    return record
+
+
+async def wait_hashed_again(source: RunningHost, migration: str) -> None:
+    """The RAM that stayed behind was as it was sent: no write was missed."""
+    with trio.fail_after(20):
+        while (found := (await source.record(migration))["integrity"]["rehash"]) == "pending":
+            await trio.sleep(0.02)
+    assert found == "equal"

@@ -6,12 +6,10 @@ import itertools
 from pathlib import Path
 
 import pytest
-import trio
 
 from tests.hypervisor.qemu_hosts import requires_qemu
 from tests.hypervisor.test_qemu_cpuid import FULL, leaves_of
 from tests.migration.fleet import (
-    RunningHost,
     check,
     create,
     migrate,
@@ -20,7 +18,7 @@ from tests.migration.fleet import (
     wait_heartbeats,
     witnesses,
 )
-from tests.migration.qemu_fleet import VNIC, create_ready, machine, start, start_both
+from tests.migration.qemu_fleet import VNIC, create_ready, machine, moves_whole, start, start_both, wait_hashed_again
 from vmmigrate.errors import VmMigrateError
 from vmmigrate.hypervisor.base import RunState
 from vmmigrate.spec.latest import CpuidVendor
@@ -36,29 +34,12 @@ async def test_a_qemu_guest_moves_there_and_back_and_is_as_it_was(tmp_path: Path
         instance = await create_ready(alpha, machine(tmp_path), disk=True)
 
         for here, there in ((alpha, beta), (beta, alpha)):
-            record = await migrate(here, there, instance, verify="full", replacements=VNIC, downtime_ms=2000)
-
-            assert record["outcome"] == "moved", record
-            assert record["digest"]["source"] == record["digest"]["destination"] != ""
-            assert record["negotiated"]["page_source"] == source
-            await wait_heartbeats(there, instance, 300)
-            verdict = await check(there, instance)
-            assert verdict["consistent"], verdict
-            assert verdict["heartbeat"] is None
-            seen = (await there.guest(instance).status()).program
-            assert (seen["disk_read_backs"] > 0, seen["disk_failures"]) == (True, 0)
+            record = await moves_whole(here, there, instance, source)
+            assert (await check(there, instance))["heartbeat"] is None
         owners = witnesses(fleet, instance)
         assert owners.single, owners.problems
         assert owners.hosts == ("alpha", "beta", "alpha")
         await wait_hashed_again(beta, record["migration_id"])
-
-
-async def wait_hashed_again(source: RunningHost, migration: str) -> None:
-    """The RAM that stayed behind was as it was sent: no write was missed."""
-    with trio.fail_after(20):
-        while (found := (await source.record(migration))["integrity"]["rehash"]) == "pending":
-            await trio.sleep(0.02)
-    assert found == "equal"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Errors are one JSON object, {"error": {code, message, details}}, with a status t
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import structlog
@@ -88,7 +89,6 @@ def make_app(host: Host, migrations: Migrations, resolving: Resolving) -> FastAP
     app.add_exception_handler(RequestValidationError, _reply_to_wrong_parameter)
     app.add_exception_handler(Exception, _reply_to_defect)
     _add_instances(app, host)
-    _add_adoption(app, host)
     _add_consoles(app, host)
     _add_migrations(app, host, migrations)
     _add_resolving(app, resolving)
@@ -149,16 +149,18 @@ _SPEC_PARTS: Mapping[str, Any] = {
 }
 
 
-def _add_adoption(app: FastAPI, host: Host) -> None:
+def _add_making(app: FastAPI, path: str, model: type[M], make: Callable[[M, chain.AnySpec], Awaitable[Any]]) -> None:
+    """A request that makes an instance of a body like *model* and the spec beside it."""
+
     @app.post(
-        "/v1/instances:adopt",
+        path,
         status_code=201,
         dependencies=[allowed(Call.INSTANCE_WRITE)],
-        openapi_extra=_takes(AdoptInstance, **_SPEC_PARTS),
+        openapi_extra=_takes(model, **_SPEC_PARTS),
     )
-    async def adopt_instance(request: Request) -> dict[str, Any]:
+    async def make_instance(request: Request) -> dict[str, Any]:
         body, spec = read_spec_request(await request.body())
-        return await foreign.adopt(host, checked(AdoptInstance, body), spec)
+        return dict(await make(checked(model, body), spec))
 
 
 def _add_instances(app: FastAPI, host: Host) -> None:
@@ -166,15 +168,8 @@ def _add_instances(app: FastAPI, host: Host) -> None:
     async def show_host() -> dict[str, Any]:
         return host.host_facts()
 
-    @app.post(
-        "/v1/instances",
-        status_code=201,
-        dependencies=[allowed(Call.INSTANCE_WRITE)],
-        openapi_extra=_takes(CreateInstance, **_SPEC_PARTS),
-    )
-    async def create_instance(request: Request) -> dict[str, Any]:
-        body, spec = read_spec_request(await request.body())
-        return await host.create(checked(CreateInstance, body), spec)
+    _add_making(app, "/v1/instances", CreateInstance, host.create)
+    _add_making(app, "/v1/instances:adopt", AdoptInstance, partial(foreign.adopt, host))
 
     @app.get("/v1/instances", dependencies=[allowed(Call.INSTANCE_READ)])
     async def list_instances() -> list[dict[str, Any]]:
